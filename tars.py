@@ -1,0 +1,854 @@
+"""TARS in one file: reinforcement learning that closes the modality reasoning gap of a speech LLM.
+
+"Closing the Modality Reasoning Gap for Speech Large Language Models", Wang et al., arXiv 2601.05543, ACL 2026.
+
+A speech LLM (audio encoder -> projector -> text LLM) answers a spoken question worse than the same question in writing:
+its hidden states drift away from those of the written run, and its chain of thought drifts with them. TARS lets the
+model answer each question G times, half from speech and half from text. Every answer earns a task reward, Eq. (3). A
+spoken answer also earns two dense rewards for staying close to a *correct* written answer of the same group: close in
+its hidden states, Eq. (5), and close in what it says, Eq. (6). The reference comes from the model itself and improves
+with it. Advantages are centred within each modality, Eq. (7), and a GRPO step with DAPO's clipping updates LoRA weights
+of the LLM. Dense rewards matter because they still differ when every spoken answer of a group is wrong.
+
+  Eq.   function here            what it is                                        test in test_tars.py
+  (1)   modality_recovery_rate   speech accuracy in percent of the text backbone   test_eq1_*
+  (2)   total_reward             R = R_base + alpha R_rep + beta R_beh (speech)    test_eq2_*
+  (3)   base_reward              R_base = R_acc + lambda R_fmt                     test_eq3_*, test_format_*, test_extract_*
+  (4)   pool_hidden_states       mean over the generated positions of a layer      test_eq4_*
+  (5)   representation_reward    mean over layers of cos(speech, text)             test_eq5_*
+  (6)   behavior_reward          cos(E(speech answer), E(text answer))             test_eq6_*
+  (7)   modality_advantages      A = r - mean of its own modality                  test_eq7_*
+  loss  grpo_loss                clipped surrogate over the tokens of the batch    test_loss_*
+  all   train_step               one step of the algorithm, numbered               test_step_*
+
+Where we chose (the paper is followed wherever it speaks):
+
+  what                   paper                         official code                      here
+  prompt of a text row   the written question          rolled out from text, but scored   written question in roll-out,
+                                                       under the audio prompt             log-probs and hidden states
+  R_rep reference        drawn at random from the      cycled in order, not matched to    drawn at random from the
+                         group's correct text answers  the question                       group's correct text answers
+  R_beh reference        the same as for R_rep         popped in order                    the same as for R_rep
+  text reward            R_base only                   + mean speech alignment reward,    R_base only
+                                                       which Eq. (7) cancels
+  R_fmt                  0 or 1, weight 0.5            0, 0.5 or 1, weight 1              0 or 1, weight 0.5
+  pooled positions       all generated positions       last prompt position and final     all generated positions,
+                                                       end-of-turn dropped                end-of-turn included
+  max completion         1024                          512                                1024
+  LoRA dropout           not given                     0.05                               none: roll-out and update see
+                                                                                          the same policy
+  learning rate          1 % warm-up                   warm-up, then linear to zero       warm-up, then linear to zero
+  one step's passes      not given                     log-probs and hidden states in     one forward for both; states
+                                                       two, all layers x tokens kept      pooled as they are produced
+  old log-probs          pi_old                        vLLM's, importance-corrected       the first forward's, detached
+
+Commands (README.md has more):
+
+  python tars.py                                                   # the whole method offline on a laptop, about 7 minutes
+  python tars.py --alpha 0 --beta 0 --out runs/grpo                # plain GRPO, to compare with
+  python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR                  # one 80 GB GPU
+  python tars.py --help                                            # every setting and where the paper gives it
+
+Imports: data_prep.py and eval.py import this file; this file imports neither. (It runs `data_prep.py demo` as a
+command when the offline demo is not there yet.)
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+import wave
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    DynamicCache,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
+
+# Letters for shapes, here and in every comment below:
+#   B questions, G samples of a question (G/2 per modality), N rows of any kind, P prompt and C completion tokens,
+#   L layers, H hidden size, V vocabulary, D sentence-embedding size. Modality 0 is speech, 1 is text.
+MODALITIES = ("speech", "text")
+
+
+class UserError(Exception):
+    """Something the user can mend. main() prints it as one line and exits with code 2."""
+
+
+# ======================================================================================================================
+# 1. Config: the paper's Table 5
+# ======================================================================================================================
+def setting(default, help, paper="not in the paper"):
+    """A field of Config: its default, what it is, and the paper's value with the place it stands in."""
+    return field(default=default, metadata={"help": f"{help} (here {default}; {paper})"})
+
+
+@dataclass
+class Config:
+    """Every hyper-parameter once; the command line is made from these fields, so flag and field cannot disagree.
+
+    The defaults are the paper's. A model directory may carry its own in `tars_config.json`, as it may carry a
+    `generation_config.json`; a flag on the command line beats both.
+    """
+
+    # what to train on
+    model: str = setting("runs/demo/model", "checkpoint directory or hub name; the default is built offline", "paper: Qwen2.5-Omni-7B, Phi-4-MM")
+    data: str = setting("runs/data/train", "training questions, a directory written by data_prep.py", "paper: 9,953 spoken MMLU questions")
+    eval_data: str = setting("runs/data/test", "held-out questions, likewise", "paper: VoiceBench MMSU and OpenBookQA")
+    out: str = setting("runs/tars", "where adapter, logs and summary go")
+    seed: int = setting(0, "seed of LoRA's initial weights, data order, sampling and references")
+    # roll-out
+    questions_per_step: int = setting(8, "B, questions per optimizer step", "paper: 8, i.e. 64 completions")
+    group_size: int = setting(8, "G, completions per question, half from speech and half from text", "paper: 8, Table 5")
+    max_new_tokens: int = setting(1024, "longest completion; longer ones are cut and masked out of the loss", "paper: 1024, Table 5")
+    temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "paper: 1.0, Table 5")
+    # rewards and advantages
+    alpha: float = setting(1.0, "weight of R_rep, Eq. (2)", "paper: 1")
+    beta: float = setting(1.0, "weight of R_beh, Eq. (2)", "paper: 1")
+    lam: float = setting(0.5, "lambda, weight of R_fmt, Eq. (3)", "paper: 0.5")
+    layers: str = setting("all", "layers in R_rep, Eq. (5): all, or a range such as 11-20, counted from 1", "paper: all; bands in Figure 3")
+    embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E of Eq. (6): a sentence-embedding model, or `ngrams`", "paper: Qwen3-Embedding-0.6B")
+    joint_norm: bool = setting(False, "centre on one mean over both modalities instead of Eq. (7)", "paper: the ablation of Eq. (7)")
+    # loss and optimizer
+    eps_low: float = setting(0.2, "lower clip of the ratio", "paper: 0.2, Table 5")
+    eps_high: float = setting(0.28, "upper clip of the ratio", "paper: 0.28, Table 5")
+    updates_per_rollout: int = setting(1, "optimizer steps on each roll-out; with 1 the ratio is 1", "paper: 1")
+    epochs: int = setting(3, "passes over the training questions", "paper: 3, Table 5")
+    steps: int = setting(0, "roll-outs in all; 0 means as many as `epochs` takes")
+    lr: float = setting(2e-5, "AdamW's peak learning rate", "paper: 2e-5, Table 5")
+    warmup: float = setting(0.01, "share of steps in which the learning rate rises from 0", "paper: 1 %, Table 5")
+    weight_decay: float = setting(0.01, "AdamW's weight decay", "paper: 0.01, Table 5")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "paper: 1.0, Table 5")
+    lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "paper: 8, Table 5")
+    lora_alpha: int = setting(32, "LoRA's alpha; the update is scaled by alpha / r", "paper: 32")
+    # memory and output
+    micro_batch: int = setting(1, "questions (whole groups) per paired forward; memory against speed")
+    gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
+    eval_batch: int = setting(8, "questions per batch in evaluation")
+    eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
+    sample_every: int = setting(20, "show and save one group every so many steps")
+
+
+def parse_config(arguments, build_demo):
+    """Config from the command line: a flag beats the model's own tars_config.json, which beats the default.
+
+    `build_demo(path)` is called when the default model is asked for and is not there yet.
+    """
+    parser = argparse.ArgumentParser(prog="tars.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%"), **kind)
+    flags = vars(parser.parse_args(arguments))
+    model = Path(flags.get("model", Config.model))
+    if str(model) == Config.model and not model.exists():
+        build_demo(model.parent)
+    recommended = {}
+    if (model / "tars_config.json").exists():
+        recommended = json.loads((model / "tars_config.json").read_text())
+        recommended |= {k: os.path.normpath(model / recommended[k]) for k in ("data", "eval_data") if k in recommended}
+    return Config(**(recommended | flags))
+
+
+# ======================================================================================================================
+# 2. Questions and prompts
+# ======================================================================================================================
+SAMPLE_RATE = 16_000
+LETTERS = "ABCD"
+COLUMNS = {"key", "question", "options", "answer_index", "prompt_for_tts", "audio"}
+SYSTEM_PROMPT = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
+    "<think>[THINKING PROCESS]</think><answer>The answer is [CHOICE].</answer>"
+)
+
+
+def load_questions(path):
+    """Questions written by data_prep.py: a `datasets` directory with at least COLUMNS, audio left as encoded bytes.
+
+    Raises UserError if the directory is missing, is no data set, is empty or lacks a column.
+    """
+    try:
+        questions = datasets.load_from_disk(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} is no data set directory: write one with data_prep.py, or give another path") from error
+    if missing := COLUMNS - set(questions.column_names):
+        raise UserError(f"{path} lacks the column(s) {', '.join(sorted(missing))}: write it anew with data_prep.py")
+    if len(questions) == 0:
+        raise UserError(f"{path} holds no questions: write it anew with data_prep.py")
+    return questions.cast_column("audio", datasets.Audio(decode=False))  # decoding in datasets would need FFmpeg
+
+
+def written_question(question):
+    """The user turn of a text prompt. The spoken question's user turn is the clip alone."""
+    options = "\n".join(f"Option {letter}: {option}" for letter, option in zip(LETTERS, question["options"]))
+    return f"{question['question']}\n\n{options}"
+
+
+def read_clip(data, key="clip"):
+    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1.
+
+    PCM WAV is read by the standard library. Anything else goes to torchaudio, which wants torchcodec and FFmpeg.
+    Raises UserError naming the question's key if the clip cannot be decoded.
+    """
+    try:
+        with wave.open(io.BytesIO(data)) as clip:
+            rate, width, channels = clip.getframerate(), clip.getsampwidth(), clip.getnchannels()
+            frames = np.frombuffer(clip.readframes(clip.getnframes()), np.uint8).reshape(-1, channels, width)
+        if width == 1:  # 8-bit WAV is unsigned, silence at 128
+            samples = (frames[..., 0].astype(np.float32) - 128) / 128
+        else:  # left-align the little-endian bytes in 32 bits: one scale for 16, 24 and 32 bit
+            padded = np.concatenate([np.zeros((*frames.shape[:2], 4 - width), np.uint8), frames], axis=-1)
+            samples = padded.view("<i4")[..., 0].astype(np.float32) / 2**31
+        waveform = torch.from_numpy(samples).mean(-1)  # [T]
+    except (wave.Error, EOFError):
+        try:
+            waveform, rate = torchaudio.load(io.BytesIO(data))  # [channels, T]
+            waveform = waveform.mean(0)
+        except Exception as error:  # torchaudio raises whatever its back end raises
+            raise UserError(f"{key}: audio is no PCM WAV, and torchaudio cannot decode it; if it is no broken file, "
+                            f"`pip install torchcodec` and install FFmpeg ({type(error).__name__})") from error
+    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+
+
+# ======================================================================================================================
+# 3. SpeechLM: encoder -> projector -> LLM
+# ======================================================================================================================
+class Qwen25Omni:
+    """Front end of Qwen2.5-Omni: all that differs between model families.
+
+    A new family needs one such class: its `model_types` in config.json, `load` (a transformers model with
+    get_decoder(), get_input_embeddings() and lm_head), `load_extractor`, the pieces of text around the user's turn and
+    around a clip, the tokens that end a turn (the last one also pads), `placeholders` (ids that stand for audio or
+    images in a prompt, never to be sampled) and `encode`, from a waveform to the projector's output.
+    """
+
+    model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+    before_user = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
+    after_user = "<|im_end|>\n<|im_start|>assistant\n"
+    before_audio, after_audio = "<|audio_bos|>", "<|audio_eos|>"
+    end_of_turn = ("<|im_end|>", "<|endoftext|>")
+    load = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained  # of a full checkpoint, the thinker alone
+    load_extractor = WhisperFeatureExtractor.from_pretrained
+
+    @staticmethod
+    def placeholders(config):
+        return [config.audio_token_id, config.image_token_id, config.video_token_id]
+
+    @staticmethod
+    def encode(model, extractor, waveform):
+        """One clip [T] -> audio embeddings [25 per second, H]. One at a time: no padding can leak into a clip."""
+        features = extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
+        mel = features.input_features.to(model.device, model.dtype)  # [1, 128, frames]
+        mask = features.attention_mask.to(model.device)  # [1, frames]
+        return model.get_audio_features(mel, mask, return_dict=True).last_hidden_state
+
+
+FAMILIES = (Qwen25Omni,)
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompt embeddings and their mask; any leading shape, [B, 2] in training."""
+
+    embeds: torch.Tensor  # [..., P, H]
+    mask: torch.Tensor  # [..., P], 1 where there is a token
+
+    def rows(self, index, repeats):
+        """The prompts of some questions, each repeated for its samples: [len(index) * 2 * repeats, P, H]."""
+        # repeat_interleave, not repeat: the samples of one prompt are neighbours, as they are in completion_ids.
+        return Prompts(*(x[index].flatten(0, 1).repeat_interleave(repeats, dim=0) for x in self))
+
+
+class SpeechLM:
+    """A speech LLM in three stages. Everything after `embed` is the same for every model family."""
+
+    def __init__(self, front, model, tokenizer, extractor):
+        self.front, self.model, self.tokenizer, self.extractor = front, model.eval().requires_grad_(False), tokenizer, extractor
+        self.decoder = model.get_decoder()
+        self.device = model.device
+        self.eos_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(front.end_of_turn)), device=self.device)
+        self.placeholder_ids = torch.tensor(front.placeholders(model.config), device=self.device)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """A checkpoint directory or hub name -> SpeechLM; bfloat16 on a GPU, float32 on the CPU.
+
+        Raises UserError if there is no checkpoint at `path` or its family is unknown.
+        """
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        try:
+            family = AutoConfig.from_pretrained(path).model_type
+            front = next((f for f in FAMILIES if family in f.model_types), None)
+            if front is None:
+                known = ", ".join(name for f in FAMILIES for name in f.model_types)
+                raise UserError(f"{path} is of the family {family}; known are {known}")
+            model = front.load(path, dtype=dtype, attn_implementation="sdpa").to(device)
+            tokenizer, extractor = AutoTokenizer.from_pretrained(path), front.load_extractor(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is no usable checkpoint, here or on the hub: {str(error).splitlines()[0]}") from error
+        return cls(front, model, tokenizer, extractor)
+
+    @torch.no_grad()
+    def embed(self, questions):
+        """Both prompts of every question -> Prompts [B, 2, P, H]; encoder and projector run here and nowhere else."""
+        prompts = []
+        for question in questions:
+            clip = read_clip(question["audio"]["bytes"], question["key"])  # [T]
+            speech = [self._embed_text(self.front.before_audio, special=True),
+                      self.front.encode(self.model, self.extractor, clip),
+                      self._embed_text(self.front.after_audio, special=True)]
+            text = [self._embed_text(written_question(question))]
+            for user_turn in (speech, text):
+                before, after = (self._embed_text(piece, special=True) for piece in (self.front.before_user, self.front.after_user))
+                prompts.append(torch.cat([before, *user_turn, after]))  # [P, H]
+        embeds = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")  # [B*2, P, H]
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        mask = (torch.arange(embeds.shape[1], device=self.device) >= embeds.shape[1] - lengths[:, None]).long()  # [B*2, P]
+        return Prompts(embeds.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2)))
+
+    def _embed_text(self, text, special=False):
+        """Text -> [tokens, H]. Control tokens are only read as such in our own template, never in a user's question."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+        return self.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    def logits(self, hidden, temperature):
+        """Last hidden states [N, H] -> logits [N, V] of the very distribution that roll-outs are drawn from."""
+        logits = self.model.lm_head(hidden).float()
+        logits[:, self.placeholder_ids] = -torch.inf
+        return logits / (temperature or 1.0)  # temperature 0 is greedy: the argmax needs no scaling
+
+    @torch.no_grad()
+    def rollout(self, prompts, repeats, max_new_tokens, temperature, generator=None):
+        """Sample `repeats` completions of each prompt; greedily if `temperature` is 0.
+
+        prompts: [B, 2, P, H]. Returns completion_ids and completion_mask [B, 2, repeats, C] (the mask runs through
+        the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated [B, 2, repeats].
+        """
+        self.decoder.eval()
+        B = len(prompts.mask)
+        rows, mask = prompts.rows(slice(None), 1)  # [N, P, H], [N, P] with N = B * 2
+        cache = DynamicCache(config=self.decoder.config)
+        hidden = self._decode(rows, mask, cache)[:, -1]  # [N, H]
+        # The prompt was read once; from here on each row is one sample.
+        cache.batch_repeat_interleave(repeats)
+        hidden, mask = hidden.repeat_interleave(repeats, dim=0), mask.repeat_interleave(repeats, dim=0)
+        finished = torch.zeros(len(mask), dtype=torch.bool, device=self.device)  # [N]
+        ids, alive = [], []
+        for _ in range(max_new_tokens):
+            logits = self.logits(hidden, temperature)  # [N, V]
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0] if temperature else logits.argmax(-1)
+            ids.append(token.masked_fill(finished, self.eos_ids[-1]))
+            alive.append(~finished)
+            finished = finished | torch.isin(token, self.eos_ids)
+            if finished.all():
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = self._decode(self.model.get_input_embeddings()(ids[-1])[:, None], mask, cache)[:, -1]
+        return (torch.stack(ids, -1).view(B, 2, repeats, -1), torch.stack(alive, -1).long().view(B, 2, repeats, -1),
+                ~finished.view(B, 2, repeats))
+
+    def _decode(self, embeds, mask, cache=None):
+        """Run the LLM on [N, T, H]; `mask` [N, past + T] also covers what the cache holds."""
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1]:]  # a padded row starts at 0 like any other
+        return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
+                            use_cache=cache is not None).last_hidden_state
+
+    def forward(self, prompts, completion_ids, completion_mask, temperature):
+        """The paired forward: log-probs and pooled hidden states of given completions, in one pass.
+
+        prompts: [N, P, H], completion_ids and completion_mask: [N, C]. Returns per_token_logps [N, C] with gradient
+        and, detached, Eq. (4) for every layer [N, L, H]. Neither all layers of all tokens nor [N, C, V] ever exists.
+        """
+        self.decoder.train()  # there is no dropout; this only lets gradient checkpointing do its work
+        P, C = prompts.mask.shape[1], completion_ids.shape[1]
+        embeds = torch.cat([prompts.embeds, self.model.get_input_embeddings()(completion_ids)], dim=1)  # [N, P+C, H]
+        mask = torch.cat([prompts.mask, completion_mask], dim=1)  # [N, P+C]
+        with self._pooling(P, completion_mask) as pooled:
+            hidden = self._decode(embeds, mask)  # [N, P+C, H]
+        predicts = hidden[:, P - 1 : -1].flatten(0, 1)  # [N*C, H]: the state before a token predicts it
+        logps = [checkpoint(self._token_logps, h, ids, temperature, use_reentrant=False)
+                 for h, ids in zip(predicts.split(1024), completion_ids.flatten().split(1024))]
+        return torch.cat(logps).view(-1, C), torch.stack(pooled, dim=1)
+
+    def _token_logps(self, hidden, ids, temperature):
+        return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
+
+    @contextmanager
+    def _pooling(self, P, completion_mask):
+        """While open, Eq. (4) is applied to each layer's output the moment it appears: a list of L tensors [N, H].
+
+        It closes before backward, where gradient checkpointing runs every layer again. The last layer is read after
+        the final norm, so that the list is what transformers calls hidden_states[1:].
+        """
+        pooled = []
+        keep = lambda module, inputs, hidden: pooled.append(pool_hidden_states(hidden[:, P:].detach(), completion_mask))
+        hooks = [m.register_forward_hook(keep) for m in (*self.decoder.layers[:-1], self.decoder.norm)]
+        try:
+            yield pooled
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def decode(self, completion_ids, completion_mask):
+        """Completions [..., C] -> list of strings in row order, without the end of turn."""
+        rows = zip(completion_ids.flatten(0, -2).tolist(), completion_mask.flatten(0, -2).sum(-1).tolist())
+        return self.tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
+
+
+# ======================================================================================================================
+# 4. LoRA, on every linear layer of the LLM and nowhere else
+# ======================================================================================================================
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x, with W frozen; A [r, in] starts random, B [out, r] at zero, so that y = W x at first."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, x):
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)
+        return self.linear(x) + update.to(x.dtype)  # A and B are float32 also beside bfloat16 weights
+
+
+def attach_lora(lm, rank, alpha):
+    """Wrap every linear layer of the LLM. Returns the trainable parameters."""
+    linears = [(m, n, child) for m in lm.decoder.modules() for n, child in m.named_children() if isinstance(child, nn.Linear)]
+    for parent, name, linear in linears:
+        setattr(parent, name, LoRALinear(linear, rank, alpha))
+    return [p for p in lm.decoder.parameters() if p.requires_grad]
+
+
+def lora_layers(lm):
+    """{module name in the model: LoRALinear}"""
+    return {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def save_adapter(lm, out, cfg):
+    """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
+    layers = lora_layers(lm)
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(m, part).detach().contiguous().cpu()
+               for name, m in layers.items() for part in ("lora_A", "lora_B")}
+    # A regular expression over whole names: the audio tower has layers called q_proj too.
+    decoder = next(iter(layers)).split(".layers.")[0]
+    suffixes = sorted({name.split(".layers.")[1].split(".", 1)[1] for name in layers})
+    write_aside(out / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_json(out / "adapter_config.json", {
+        "peft_type": "LORA", "base_model_name_or_path": cfg.model, "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
+        "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "target_modules": re.escape(decoder) + r"\.layers\.\d+\.(" + "|".join(map(re.escape, suffixes)) + ")",
+    })
+
+
+def load_adapter(lm, path):
+    """Attach a saved adapter to a base model. Raises UserError if it is missing or belongs to another model."""
+    path = Path(path)
+    if not (path / "adapter_config.json").exists():
+        raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
+    settings, tensors = json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
+    attach_lora(lm, settings["r"], settings["lora_alpha"])
+    # Compared from `layers.` on: where the decoder sits in the model differs between versions of transformers.
+    tail = lambda name: name.split("layers.", 1)[1].removesuffix(".weight")
+    tensors = {tail(name): tensor for name, tensor in tensors.items()}
+    weights = {f"{tail(name)}.{part}": getattr(m, part) for name, m in lora_layers(lm).items() for part in ("lora_A", "lora_B")}
+    if {n: t.shape for n, t in tensors.items()} != {n: w.shape for n, w in weights.items()}:
+        raise UserError(f"{path} was trained on another model ({settings['base_model_name_or_path']}): its layers do not fit")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[name])
+
+
+# ======================================================================================================================
+# 5. Rewards: Eq. (3), (4), (5), (6), (2)
+# ======================================================================================================================
+ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD][.:,].*</answer>", re.DOTALL)
+
+
+def format_reward(completion):
+    """R_fmt of Eq. (3): 1.0 if the whole output is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0."""
+    return 1.0 if ANSWER_FORMAT.fullmatch(completion) else 0.0
+
+
+def extract_answer(completion, options):
+    """The option an output settles on, "A".."D", or None where it names none or more than one: never a guess.
+
+    Looks in the <answer> block if there is one, else in the whole output: first for letters ("The answer is B",
+    "Option B", a bare "B" or "(B)"), then for an answer that is word for word one of the four `options`.
+    """
+    block = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    answer = (block[1] if block else completion).strip()
+    alone = re.fullmatch(r"\(?([ABCD])\)?[.:,]?", answer)
+    letters = {alone[1]} if alone else set(re.findall(r"(?:\b[Aa]nswer is:?|\b[Oo]ption) \(?([ABCD])\b", answer))
+    if not letters:
+        plain = lambda text: text.strip().rstrip(".").strip().casefold()
+        said = plain(re.sub(r"^.*\banswer is:?", "", answer, flags=re.DOTALL | re.IGNORECASE))
+        letters = {letter for letter, option in zip(LETTERS, options) if plain(option) == said}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def base_reward(acc, fmt, lam=0.5):
+    """Eq. (3). acc and fmt in {0, 1}, any shape. R_base = R_acc + lambda R_fmt."""
+    return acc + lam * fmt
+
+
+def pool_hidden_states(hidden, completion_mask):
+    """Eq. (4). hidden [B, T, H], completion_mask [B, T] (1 on generated positions) -> their mean [B, H]."""
+    mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def representation_reward(speech, text):
+    """Eq. (5). Pooled states [..., L, H] of both -> [...]. R_rep = (1/L) sum_l cos(h_speech^(l), h_text^(l))."""
+    return F.cosine_similarity(speech, text, dim=-1).mean(-1)
+
+
+def behavior_reward(speech, text):
+    """Eq. (6). Sentence embeddings [..., D] of both answers -> [...]. R_beh = cos(E(y_speech), E(y*_text))."""
+    return F.cosine_similarity(speech, text, dim=-1)
+
+
+def pick_references(text_correct, generator=None):
+    """y*_text of Eq. (5) and (6): for each spoken answer one correct written answer of its group, drawn at random.
+
+    text_correct: bool [B, G/2] -> index into the group's text answers, long [B, G/2]; -1 where none is correct.
+    """
+    weights = text_correct.float() + (~text_correct.any(-1, keepdim=True)).float()  # uniform where there is no choice
+    drawn = torch.multinomial(weights, text_correct.shape[-1], replacement=True, generator=generator)
+    return drawn.masked_fill(~text_correct.any(-1, keepdim=True), -1)
+
+
+def against_references(reward, features, references):
+    """An alignment reward, Eq. (5) or (6), of every spoken answer with its reference; 0 where there is none.
+
+    features: [B, 2, G/2, ...] of both modalities, references: [B, G/2] -> [B, G/2].
+    """
+    group = torch.arange(len(features), device=features.device)[:, None]  # [B, 1]
+    speech, text = features[:, 0], features[group, 1, references.clamp(min=0)]  # [B, G/2, ...]
+    return torch.where(references >= 0, reward(speech, text), 0.0)
+
+
+def total_reward(base, rep, beh, alpha=1.0, beta=1.0):
+    """Eq. (2), speech branch. R = R_base + alpha R_rep + beta R_beh. A written answer's reward is its R_base alone."""
+    return base + alpha * rep + beta * beh
+
+
+class NGramEmbedder:
+    """An offline stand-in for E: counts of hashed words and word pairs. It sees wording, not meaning."""
+
+    def embed(self, texts):
+        """Strings -> unit vectors [N, 512]."""
+        vectors = torch.zeros(len(texts), 512)
+        for vector, text in zip(vectors, texts):
+            words = re.findall(r"\w+|[^\w\s]", text.lower())
+            for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])]:
+                vector[zlib.crc32(gram.encode()) % 512] += 1
+        return F.normalize(vectors, dim=-1)
+
+
+class SentenceEmbedder:
+    """E of the paper: Qwen3-Embedding. Last-token pooling, left padding, documents take no instruction."""
+
+    def __init__(self, name):
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        self.model = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+
+    @torch.no_grad()
+    def embed(self, texts):
+        """Strings -> unit vectors [N, D]."""
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=8192, return_tensors="pt").to(self.model.device)
+        return F.normalize(self.model(**inputs).last_hidden_state[:, -1].float(), dim=-1)
+
+
+def load_embedder(name):
+    """E of Eq. (6) by name. Raises UserError if it cannot be loaded."""
+    if name == "ngrams":
+        return NGramEmbedder()
+    try:
+        return SentenceEmbedder(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--embedder {name} cannot be loaded, here or from the hub; `--embedder ngrams` needs no model") from error
+
+
+# ======================================================================================================================
+# 6. Advantages: Eq. (7), and the result: Eq. (1)
+# ======================================================================================================================
+def modality_advantages(rewards, joint=False):
+    """Eq. (7). rewards [B, 2, G/2] -> same. A_{i,m} = r_{i,m} - mu_m, mu_m the mean of modality m in the group.
+
+    Not divided by the standard deviation. With one joint mean the easier text rows sit above it and speech is pushed
+    down as a whole, whatever it answers.
+    """
+    return rewards - rewards.mean((1, 2) if joint else -1, keepdim=True)
+
+
+def modality_recovery_rate(speech_accuracy, base_text_accuracy):
+    """Eq. (1), in percent: speech accuracy over that of the *original* text backbone on text."""
+    return 100 * speech_accuracy / base_text_accuracy
+
+
+# ======================================================================================================================
+# 7. Loss: GRPO's surrogate with DAPO's clipping and normaliser
+# ======================================================================================================================
+def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask, eps_low=0.2, eps_high=0.28, n_tokens=None):
+    """- sum over tokens of min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) / number of completion tokens.
+
+    log-probs [N, T], advantages [N], completion_mask [N, T] -> scalar. `n_tokens` is the count of the whole step where
+    these rows are only a part of it. On-policy rho is 1 and, as advantages sum to about 0, so is the value; its
+    gradient, A times the gradient of each log-prob, is not.
+    """
+    ratio = torch.exp(per_token_logps - old_per_token_logps)  # [N, T], rho = pi_theta / pi_old
+    A = advantages[:, None]  # [N, 1]
+    surrogate = torch.min(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # [N, T]
+    n_tokens = completion_mask.sum() if n_tokens is None else n_tokens
+    return -(surrogate * completion_mask).sum() / max(n_tokens, 1)
+
+
+# ======================================================================================================================
+# 8. The algorithm
+# ======================================================================================================================
+def layer_slice(layers, count):
+    """`all` or a range such as 11-20, counted from 1 -> slice. Raises UserError if the model has no such layers."""
+    if layers == "all":
+        return slice(0, count)
+    match = re.fullmatch(r"(\d+)-(\d+)", layers)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= count:
+        raise UserError(f"--layers {layers}: give `all` or a range within 1-{count}, such as 1-{count}")
+    return slice(int(match[1]) - 1, int(match[2]))
+
+
+def train_step(lm, questions, embedder, optimizer, cfg, generator):
+    """One step of TARS on B questions. Returns the numbers to log and the first group's story for a person to read.
+
+    Every tensor of the step is laid out [B, 2, G/2, ...]: question, modality (0 speech, 1 text), sample.
+    """
+    B, half = len(questions), cfg.group_size // 2
+    parameters = optimizer.param_groups[0]["params"]
+
+    # 1. Embed both prompts of every question. Encoder and projector are frozen: once serves roll-out and update.
+    prompts = lm.embed(questions)  # [B, 2, P, H]
+
+    # 2. Roll out: the model answers each question G/2 times from speech and G/2 times from text.
+    completion_ids, completion_mask, truncated = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
+    loss_mask = completion_mask * ~truncated[..., None]  # [B, 2, G/2, C]; a cut answer teaches nothing
+    n_tokens = loss_mask.sum()
+
+    # 3. Score the texts: Eq. (3), the references, Eq. (6).
+    completions = lm.decode(completion_ids, completion_mask)  # B * 2 * G/2 strings
+    asked = [question for question in questions for _ in range(2 * half)]  # the question of each string
+    answers = [extract_answer(completion, question["options"]) for completion, question in zip(completions, asked)]
+    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(B, 2, half)
+    acc = as_group([answer == LETTERS[question["answer_index"]] for answer, question in zip(answers, asked)])
+    fmt = as_group([format_reward(completion) for completion in completions])
+    base = base_reward(acc, fmt, cfg.lam)  # [B, 2, G/2]
+    references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
+    sentences = embedder.embed(completions).to(lm.device).view(B, 2, half, -1)  # [B, 2, G/2, D]
+    beh = against_references(behavior_reward, sentences, references)  # [B, G/2]
+
+    rep, rewards, old_logps = torch.zeros_like(beh), base.clone(), torch.zeros_like(loss_mask, dtype=torch.float32)
+    advantages = torch.zeros_like(base)
+    for update in range(cfg.updates_per_rollout):
+        loss = 0.0
+        for group in torch.arange(B, device=lm.device).split(cfg.micro_batch):  # whole groups: b questions
+            # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
+            rows = lambda x: x[group].flatten(0, 2)  # [b, 2, G/2, ...] -> [N, ...]
+            logps, pooled = lm.forward(prompts.rows(group, half), rows(completion_ids), rows(completion_mask), cfg.temperature)
+            if update == 0:
+                # 5. Rewards: Eq. (5), and Eq. (2) for speech only. Written answers keep R_base.
+                states = pooled.view(len(group), 2, half, *pooled.shape[1:])  # [b, 2, G/2, L, H]
+                states = states[..., layer_slice(cfg.layers, states.shape[-2]), :].float()
+                rep[group] = against_references(representation_reward, states, references[group])
+                rewards[group, 0] = total_reward(base[group, 0], rep[group], beh[group], cfg.alpha, cfg.beta)
+                # 6. Advantages: Eq. (7).
+                advantages[group] = modality_advantages(rewards[group], cfg.joint_norm)
+                # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
+                old_logps[group] = logps.detach().view_as(old_logps[group])
+            # 7. Loss, normalised by the tokens of the whole step, and its gradient.
+            part = grpo_loss(logps, rows(old_logps), rows(advantages), rows(loss_mask), cfg.eps_low, cfg.eps_high, n_tokens)
+            part.backward()
+            loss += part.item()
+        # 8. Update LoRA's weights.
+        grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    no_spread = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [B, 2]
+    unparsed = as_group([answer is None for answer in answers])
+    per_modality = {"reward": rewards, "acc": acc, "fmt": fmt, "unparsed": unparsed, "truncated": truncated.float(),
+                    "length": completion_mask.sum(-1).float(), "no_spread": no_spread.float()}
+    metrics = {f"{name}_{m}": x[:, i].mean().item() for name, x in per_modality.items() for i, m in enumerate(MODALITIES)}
+    metrics |= {"rep_speech": rep.mean().item(), "beh_speech": beh.mean().item(),
+                "no_spread": no_spread.all(-1).float().mean().item(),
+                "no_reference": (references[:, 0] < 0).float().mean().item(), "loss": loss, "grad_norm": grad_norm}
+    story = {"key": questions[0]["key"], "question": written_question(questions[0]), "answer": LETTERS[questions[0]["answer_index"]]}
+    for i, m in enumerate(MODALITIES):
+        story[m] = [{"completion": completions[i * half + s], "reward": rewards[0, i, s].item(), "acc": acc[0, i, s].item(),
+                     "fmt": fmt[0, i, s].item(), "advantage": advantages[0, i, s].item()} for s in range(half)]
+    for s, answer in enumerate(story["speech"]):
+        answer |= {"rep": rep[0, s].item(), "beh": beh[0, s].item(), "reference": references[0, s].item()}
+    return metrics, story
+
+
+def evaluate(lm, questions, cfg):
+    """Greedy answers to every question, spoken and written -> {"speech": accuracy, "text": accuracy}, each 0 to 1.
+
+    An output in which no option is found counts as wrong.
+    """
+    right = torch.zeros(2)
+    for start in tqdm(range(0, len(questions), cfg.eval_batch), desc="evaluate", unit="batch", leave=False):
+        batch = [questions[i] for i in range(start, min(start + cfg.eval_batch, len(questions)))]
+        completion_ids, completion_mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
+        completions = lm.decode(completion_ids, completion_mask)  # b * 2 strings
+        for i, completion in enumerate(completions):
+            question = batch[i // 2]
+            right[i % 2] += extract_answer(completion, question["options"]) == LETTERS[question["answer_index"]]
+    return dict(zip(MODALITIES, (right / len(questions)).tolist()))
+
+
+# ======================================================================================================================
+# 9. Training
+# ======================================================================================================================
+def learning_rate(step, steps, cfg):
+    """Linear warm-up over the first `warmup` share of steps, then linear decay to zero. Steps count from 0."""
+    warmup = max(1, round(cfg.warmup * steps))
+    return cfg.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
+
+
+def data_order(count, cfg):
+    """Batches of question indices: every epoch a new seeded permutation, no question left out."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    steps = cfg.steps or max(1, cfg.epochs * count // cfg.questions_per_step)
+    order = torch.empty(0, dtype=torch.long)
+    while len(order) < steps * cfg.questions_per_step:
+        order = torch.cat([order, torch.randperm(count, generator=generator)])
+    return order.tolist(), steps
+
+
+def train(lm, questions, eval_questions, cfg):
+    """Train LoRA on `questions` and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation."""
+    out, B = Path(cfg.out), cfg.questions_per_step
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator(lm.device).manual_seed(cfg.seed)
+    parameters = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
+    if cfg.gradient_checkpointing:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    embedder = load_embedder(cfg.embedder)
+    order, steps = data_order(len(questions), cfg)
+
+    with open(out / "log.jsonl", "w") as log, open(out / "samples.jsonl", "w") as samples:
+        bar = tqdm(range(1, steps + 1), desc="TARS", unit="step")
+        for step in bar:
+            start = time.perf_counter()
+            batch = [questions[i] for i in order[(step - 1) * B : step * B]]
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
+            metrics, story = train_step(lm, batch, embedder, optimizer, cfg, generator)
+            metrics = {"step": step, **metrics, "lr": lr, "seconds": time.perf_counter() - start}
+            if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
+                accuracy = evaluate(lm, eval_questions, cfg)
+                metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
+            print(json.dumps(metrics), file=log, flush=True)
+            bar.set_postfix_str(" | ".join(f"{m} R {metrics['reward_' + m]:.2f} acc {metrics['acc_' + m]:.2f}" for m in MODALITIES))
+            if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
+                print(json.dumps({"step": step, **story}), file=samples, flush=True)
+                tqdm.write(side_by_side(step, story))
+    save_adapter(lm, out, cfg)
+    return accuracy
+
+
+def side_by_side(step, story):
+    """One spoken answer and its text reference in two columns, each under its rewards, 100 characters wide."""
+    spoken = story["speech"][0]
+    speech = "speech  R {reward:.2f} = acc {acc:.0f} + fmt {fmt:.0f}, rep {rep:.2f}, beh {beh:.2f}; A {advantage:+.2f}".format(**spoken)
+    if spoken["reference"] < 0:
+        written, text = {"completion": ""}, "text: no correct answer in this group"
+    else:
+        written = story["text"][spoken["reference"]]
+        text = "text*  R {reward:.2f} = acc {acc:.0f} + fmt {fmt:.0f}; A {advantage:+.2f}".format(**written)
+    columns = [[head, *textwrap.wrap(textwrap.shorten(body["completion"], 400), 48)]
+               for head, body in ((speech, spoken), (text, written))]
+    lines = [f"step {step}, question {story['key']}, key {story['answer']}"]
+    return "\n".join(lines + [f"  {left:<48}  {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")])
+
+
+def write_aside(path, write):
+    """Write a file under another name, then rename it: nothing half-written is ever left in its place."""
+    aside = path.with_name(path.name + ".part")
+    write(aside)
+    os.replace(aside, path)
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON, aside first."""
+    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def build_demo(folder):
+    """Make the offline demo's data and base model with data_prep.py."""
+    print(f"{folder} is not there yet: building the offline demo (once, about 3 minutes)")
+    subprocess.run([sys.executable, Path(__file__).with_name("data_prep.py"), "demo", "--out", folder], check=True)
+
+
+def check(cfg):
+    """Raise UserError for settings that no run could make sense of."""
+    if cfg.group_size < 4 or cfg.group_size % 2:
+        raise UserError(f"--group-size {cfg.group_size}: give an even number from 4 on, half of it is spoken and half written")
+    for name in ("questions_per_step", "max_new_tokens", "micro_batch", "eval_batch", "lora_rank", "updates_per_rollout", "temperature"):
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give a number above 0")
+
+
+def main(arguments=None):
+    """Evaluate, train, evaluate again, and print what became of the gap."""
+    cfg = parse_config(arguments, build_demo)
+    check(cfg)
+    questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
+    lm = SpeechLM.from_pretrained(cfg.model)
+    layer_slice(cfg.layers, len(lm.decoder.layers))
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", asdict(cfg))
+
+    before = evaluate(lm, eval_questions, cfg)
+    after = train(lm, questions, eval_questions, cfg)
+    mrr = [modality_recovery_rate(accuracy["speech"], before["text"]) for accuracy in (before, after)]
+    write_json(out / "summary.json", {
+        "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],
+        "mrr_before": mrr[0], "mrr_after": mrr[1], "n_speech": len(eval_questions), "n_text": len(eval_questions),
+    })
+    print(f"\n{len(eval_questions)} held-out questions    speech %    text %    MRR %, Eq. (1)")
+    for name, accuracy, rate in zip(("before", "after"), (before, after), mrr):
+        print(f"{name:<25}{100 * accuracy['speech']:>10.1f}{100 * accuracy['text']:>10.1f}{rate:>10.1f}")
+    print(f"adapter, log and samples are in {out}/")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"tars.py: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,869 @@
+"""Tests of tars.py: every equation by numbers worked out by hand and by float64 loops, and every trap of RL on speech.
+
+`python -m pytest -q` runs them all on two CPU cores in under five minutes, offline. The model under test is a tiny
+random Qwen2.5-Omni thinker saved in the hub's layout, read by the code that reads the 7B.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3Model, WhisperFeatureExtractor
+
+import data_prep
+import tars
+from tars import (
+    Config,
+    LoRALinear,
+    NGramEmbedder,
+    Prompts,
+    Qwen25Omni,
+    SentenceEmbedder,
+    SpeechLM,
+    against_references,
+    attach_lora,
+    base_reward,
+    behavior_reward,
+    extract_answer,
+    format_reward,
+    grpo_loss,
+    learning_rate,
+    load_adapter,
+    load_questions,
+    modality_advantages,
+    modality_recovery_rate,
+    pick_references,
+    pool_hidden_states,
+    read_clip,
+    representation_reward,
+    save_adapter,
+    total_reward,
+    train_step,
+    written_question,
+)
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+def cos(a, b):
+    """Cosine of two vectors, in plain Python."""
+    dot = sum(float(x) * float(y) for x, y in zip(a, b))
+    return dot / math.sqrt(sum(float(x) ** 2 for x in a) * sum(float(y) ** 2 for y in b))
+
+
+def random_(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ======================================================================================================================
+# Equations
+# ======================================================================================================================
+def test_eq1_mrr_reproduces_the_papers_table_1():
+    # Table 1, Avg A of each model; the denominators are the original backbones on text, 77.70 and 79.44.
+    for speech, text, mrr in ((71.30, 77.70, 91.76), (76.84, 77.70, 98.89), (63.23, 79.44, 79.59), (79.80, 79.44, 100.45)):
+        assert modality_recovery_rate(speech, text) == pytest.approx(mrr, abs=0.01)
+
+
+def test_eq2_total_reward_by_hand():
+    # 1.5 + 1 * 0.8 + 1 * 0.6 = 2.9; with alpha 0.5 and beta 2: 1.5 + 0.4 + 1.2 = 3.1
+    base, rep, beh = torch.tensor([1.5]), torch.tensor([0.8]), torch.tensor([0.6])
+    assert total_reward(base, rep, beh).item() == pytest.approx(2.9)
+    assert total_reward(base, rep, beh, 0.5, 2.0).item() == pytest.approx(3.1)
+
+
+def test_eq3_base_reward_by_hand():
+    # right and formatted 1 + 0.5, right only 1, formatted only 0.5, neither 0
+    acc, fmt = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert base_reward(acc, fmt).tolist() == [1.5, 1.0, 0.5, 0.0]
+    assert base_reward(acc, fmt, lam=0.2)[0].item() == pytest.approx(1.2)
+
+
+def test_eq4_pooling_by_hand_and_by_loop():
+    # Positions 2 and 3 are generated: mean of (2, 4) and (4, 8) is (3, 6); the prompt's (100, 100) does not count.
+    hidden = torch.tensor([[[100.0, 100.0], [2.0, 4.0], [4.0, 8.0], [50.0, 50.0]]])
+    assert pool_hidden_states(hidden, torch.tensor([[0, 1, 1, 0]])).tolist() == [[3.0, 6.0]]
+    hidden, mask = random_(3, 5, 4), torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    pooled = pool_hidden_states(hidden, mask)
+    for b in range(3):
+        generated = [t for t in range(5) if mask[b, t]]
+        for h in range(4):
+            assert pooled[b, h].item() == pytest.approx(sum(hidden[b, t, h].item() for t in generated) / len(generated))
+
+
+def test_eq5_representation_reward_by_hand_and_by_loop():
+    # Layer 1: (1, 0) with (3, 4): 3/5 = 0.6. Layer 2: (0, 2) with (0, 1): 1. Mean 0.8; lengths do not matter.
+    speech, text = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    assert representation_reward(speech, text).item() == pytest.approx(0.8)
+    speech, text = random_(2, 3, 5, 7), random_(2, 3, 5, 7, seed=1)  # [B, G/2, L, H]
+    reward = representation_reward(speech, text)
+    for b in range(2):
+        for s in range(3):
+            assert reward[b, s].item() == pytest.approx(sum(cos(speech[b, s, l], text[b, s, l]) for l in range(5)) / 5)
+
+
+def test_eq6_behavior_reward_by_hand_and_by_loop():
+    assert behavior_reward(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])).item() == pytest.approx(0.6)
+    speech, text = random_(4, 6), random_(4, 6, seed=1)
+    for i in range(4):
+        assert behavior_reward(speech, text)[i].item() == pytest.approx(cos(speech[i], text[i]))
+
+
+def test_eq7_advantages_by_hand_and_by_loop():
+    # speech 0, 2 has mean 1; text 3, 3 has mean 3. The joint mean is 2 and would push speech down as a whole.
+    rewards = torch.tensor([[[0.0, 2.0], [3.0, 3.0]]])
+    assert modality_advantages(rewards).tolist() == [[[-1.0, 1.0], [0.0, 0.0]]]
+    assert modality_advantages(rewards, joint=True).tolist() == [[[-2.0, 0.0], [1.0, 1.0]]]
+    rewards = random_(3, 2, 4)
+    for joint in (False, True):
+        advantages = modality_advantages(rewards, joint)
+        for b in range(3):
+            for m in range(2):
+                group = rewards[b].flatten().tolist() if joint else rewards[b, m].tolist()
+                for s in range(4):
+                    assert advantages[b, m, s].item() == pytest.approx(rewards[b, m, s].item() - sum(group) / len(group))
+
+
+def loss_by_loop(logps, old, advantages, mask, low, high):
+    """The surrogate and its gradient, one token at a time, in plain Python."""
+    n, total, gradient = int(mask.sum()), 0.0, [[0.0] * mask.shape[1] for _ in mask]
+    for i in range(len(mask)):
+        for t in range(mask.shape[1]):
+            if mask[i, t]:
+                ratio, A = math.exp(logps[i, t].item() - old[i, t].item()), advantages[i].item()
+                clipped = min(max(ratio, 1 - low), 1 + high)
+                total += min(ratio * A, clipped * A)
+                if ratio * A <= clipped * A:  # the unclipped branch is the smaller: d(ratio A)/d logp = ratio A
+                    gradient[i][t] = -ratio * A / n
+    return -total / n, gradient
+
+
+def test_loss_by_hand_and_by_loop():
+    # Three tokens, ratios 1.5, 0.5 and 1. A = 1: min(1.5, 1.28) = 1.28 and, in the same row, min(0.5, 0.8) = 0.5.
+    # A = -2: ratio 1 gives -2. The sum -0.22 over three tokens: loss 0.22 / 3. The masked token does not count.
+    logps = torch.log(torch.tensor([[1.5, 0.5], [1.0, 9.0]]))
+    mask = torch.tensor([[1, 1], [1, 0]])
+    loss = grpo_loss(logps, torch.zeros(2, 2), torch.tensor([1.0, -2.0]), mask)
+    assert loss.item() == pytest.approx(0.22 / 3)
+    logps, old, advantages = random_(5, 7).requires_grad_(), random_(5, 7, seed=1), random_(5, seed=2)
+    mask = (random_(5, 7, seed=3) > -0.5).long()
+    loss = grpo_loss(logps, old, advantages, mask, 0.1, 0.3)
+    loss.backward()
+    value, gradient = loss_by_loop(logps, old, advantages, mask, 0.1, 0.3)
+    assert loss.item() == pytest.approx(value)
+    torch.testing.assert_close(logps.grad, torch.tensor(gradient, dtype=torch.float64))
+
+
+def test_loss_is_zero_on_policy_but_its_gradient_is_not():
+    logps = torch.full((2, 3), -1.0, requires_grad=True)
+    loss = grpo_loss(logps, logps.detach(), torch.tensor([0.5, -0.5]), torch.ones(2, 3))
+    loss.backward()
+    assert loss.item() == pytest.approx(0)
+    assert logps.grad.tolist() == [pytest.approx([-0.5 / 6] * 3), pytest.approx([0.5 / 6] * 3)]
+
+
+def test_loss_of_parts_adds_up_and_nothing_to_learn_is_zero():
+    logps, old, advantages, mask = random_(4, 3), random_(4, 3, seed=1), random_(4, seed=2), torch.tensor([[1, 1, 0]] * 4)
+    parts = [grpo_loss(logps[i:i + 2], old[i:i + 2], advantages[i:i + 2], mask[i:i + 2], n_tokens=8) for i in (0, 2)]
+    assert sum(parts).item() == pytest.approx(grpo_loss(logps, old, advantages, mask).item())
+    assert grpo_loss(logps, old, advantages, torch.zeros(4, 3)).item() == 0.0
+
+
+# ======================================================================================================================
+# Rewards on text
+# ======================================================================================================================
+@pytest.mark.parametrize("completion, reward", [
+    ("<think>a</think><answer>The answer is B.</answer>", 1),
+    ("<think>a\nb</think>\n<answer>So: The answer is D: because</answer>", 1),
+    ("<think></think><answer>The answer is C, yes</answer>", 1),
+    (" <think>a</think><answer>The answer is B.</answer>", 0),  # does not start with the tag
+    ("<think>a</think><answer>The answer is B.</answer> ok", 0),  # does not end with it
+    ("<think>a</think><answer>The answer is B</answer>", 0),  # no mark after the letter
+    ("<think>a</think><answer>The answer is E.</answer>", 0),
+    ("<think>a</think> so <answer>The answer is B.</answer>", 0),
+    ("<think>a<answer>The answer is B.</answer>", 0),
+    ("The answer is B.", 0),
+    ("", 0),
+])
+def test_format_reward(completion, reward):
+    assert format_reward(completion) == reward
+
+
+OPTIONS = ["a cat", "because", "Dublin.", "forty two"]
+
+
+@pytest.mark.parametrize("completion, letter", [
+    ("<think>A or D?</think><answer>The answer is B.</answer>", "B"),
+    ("The answer is (C).", "C"),
+    ("The answer is: D", "D"),
+    ("<answer>Option C</answer>", "C"),
+    ("<answer>B</answer>", "B"),
+    ("(B).", "B"),
+    ("<answer>The answer is Dublin.</answer>", "C"),
+    ("The answer is dublin", "C"),
+    ("The answer is because of D.", None),  # VoiceBench's cascade reads B here
+    ("The answer is a dog.", None),  # an article, no option
+    ("The answer is B. No, the answer is C.", None),  # two letters: no guess
+    ("<think>The answer is B.</think><answer>I cannot tell</answer>", None),
+    ("The answer is Better.", None),
+    ("The answer is not B.", None),
+    ("", None),
+])
+def test_extract_answer(completion, letter):
+    assert extract_answer(completion, OPTIONS) == letter
+
+
+def test_extract_answer_does_not_choose_between_equal_options():
+    assert extract_answer("The answer is red.", ["red", "red", "blue", "green"]) is None
+
+
+def test_references_are_correct_random_and_of_the_same_group():
+    correct = torch.tensor([[False, True, False, True], [False, False, False, False], [True, False, False, False]])
+    drawn = torch.stack([pick_references(correct, torch.Generator().manual_seed(i)) for i in range(400)])  # [400, 3, 4]
+    assert set(drawn[:, 0].unique().tolist()) == {1, 3}
+    assert (drawn[:, 1] == -1).all() and (drawn[:, 2] == 0).all()
+    assert 0.45 < (drawn[:, 0] == 1).double().mean() < 0.55  # 1600 draws: 4 standard errors are 0.05
+    assert (drawn[:, 0, 0] != drawn[:, 0, 1]).any()  # each spoken answer has a draw of its own
+
+
+def test_against_references_takes_the_drawn_text_row_and_zero_without_one():
+    features = random_(2, 2, 3, 5)  # [B, 2, G/2, D]
+    references = torch.tensor([[2, 0, 2], [-1, -1, -1]])
+    reward = against_references(behavior_reward, features, references)
+    for s in range(3):
+        assert reward[0, s].item() == pytest.approx(cos(features[0, 0, s], features[0, 1, references[0, s]]))
+        assert reward[1, s].item() == 0.0
+
+
+def test_ngram_embedder_by_hand():
+    # "a b" has the words a, b and the pair "a b"; "a c" shares one of three: cosine 1 / 3.
+    same, other, far = NGramEmbedder().embed(["a b", "a c", "x y"])
+    assert same.norm().item() == pytest.approx(1)
+    assert (same @ other).item() == pytest.approx(1 / 3, abs=1e-6) and (same @ far).item() == 0
+
+
+def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint, tmp_path):
+    tokenizer = tars.AutoTokenizer.from_pretrained(checkpoint)
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, head_dim=8)
+    torch.manual_seed(0)
+    model = Qwen3Model(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["<think>one plus two is three", "<think>one", "<think>one plus two is three. three"]
+    vectors = SentenceEmbedder(str(tmp_path)).embed(texts)
+    for vector, text in zip(vectors, texts):
+        with torch.no_grad():
+            last = model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0, -1]
+        torch.testing.assert_close(vector, last / last.norm(), atol=1e-5, rtol=0)
+
+
+# ======================================================================================================================
+# Clips and prompts
+# ======================================================================================================================
+def wav(samples, rate=16_000, width=2):
+    """Integer samples [T, channels] -> WAV bytes."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as clip:
+        clip.setnchannels(samples.shape[1]), clip.setsampwidth(width), clip.setframerate(rate)
+        if width == 1:
+            clip.writeframes((samples + 128).astype(np.uint8).tobytes())
+        else:
+            clip.writeframes(b"".join(int(s).to_bytes(width, "little", signed=True) for s in samples.flatten()))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_clips_of_every_width_are_scaled_alike(width):
+    full = 2 ** (8 * width - 1)  # half of full scale is 0.5, and -full is -1, whatever the width
+    clip = read_clip(wav(np.array([[full // 2], [-full], [0]]), width=width))
+    assert clip.tolist() == [0.5, -1.0, 0.0]
+
+
+def test_clips_are_mixed_down_and_resampled():
+    stereo = read_clip(wav(np.array([[16384, 0], [0, -16384]])))
+    assert stereo.tolist() == [0.25, -0.25]
+    second = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+    clip = read_clip(wav((second * 16384).astype(int)[:, None], rate=48_000))
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    assert len(clip) == 16_000 and np.abs(clip.numpy() - expected)[100:-100].max() < 0.01
+
+
+def test_unreadable_clip_is_named():
+    with pytest.raises(tars.UserError, match="question-7"):
+        read_clip(b"no audio at all", "question-7")
+
+
+def test_prompts_are_byte_exact():
+    assert Qwen25Omni.before_user.startswith("<|im_start|>system\nA conversation between User and Assistant. The user asks")
+    assert Qwen25Omni.before_user.endswith(
+        "i.e., <think>[THINKING PROCESS]</think><answer>The answer is [CHOICE].</answer><|im_end|>\n<|im_start|>user\n")
+    assert Qwen25Omni.after_user == "<|im_end|>\n<|im_start|>assistant\n"
+    question = {"question": "Who?", "options": ["w", "x", "y", "z"]}
+    assert written_question(question) == "Who?\n\nOption A: w\nOption B: x\nOption C: y\nOption D: z"
+
+
+# ======================================================================================================================
+# SpeechLM
+# ======================================================================================================================
+SUMS = list(data_prep.expressions())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny random thinker on disk: the demo's architecture and tokenizer, untrained."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    rng = np.random.default_rng(0)
+    text = [x for i, s in enumerate(SUMS) for x in (written_question(data_prep.sum_question(s, i % 4, rng, "")), data_prep.worked_answer(s, i % 4))]
+    tokenizer = data_prep.demo_tokenizer([*text, Qwen25Omni.before_user.replace(tars.SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", " …"])
+    torch.manual_seed(0)
+    for piece in (data_prep.demo_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128, chunk_length=300)):
+        piece.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def lm(checkpoint):
+    return SpeechLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def questions():
+    """Four spoken questions with clips of different lengths; the right letters are A, B, C, D."""
+    rng = np.random.default_rng(1)
+    return [data_prep.spoken_question(SUMS[i], n, rng, f"q{n}")[0] for n, i in enumerate((3, 500, 777, 1200))]
+
+
+@pytest.fixture
+def answers(lm, questions):
+    """Completions [4, 2, 2, C] with their mask. Of speech the first is right; of text the second; the others are wrong."""
+    texts = []
+    for n, i in enumerate((3, 500, 777, 1200)):
+        right, wrong = data_prep.worked_answer(SUMS[i], n), data_prep.worked_answer(SUMS[(i + 9) % 1210], (n + 1) % 4)
+        texts += [right, wrong[7:], wrong, right]
+    rows = [lm.tokenizer(text + "<|im_end|>").input_ids for text in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows]).view(4, 2, 2, width)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).view(4, 2, 2, width)
+    return ids, mask
+
+
+def plain_forward(lm, question, spoken, completion, **kwargs):
+    """transformers' own forward of one row: its own audio path, its own position ids, full logits."""
+    front, tokenizer = lm.front, lm.tokenizer
+    inputs, user = {}, written_question(question)
+    if spoken:
+        samples = np.frombuffer(question["audio"]["bytes"][44:], "<i2") / 32768
+        features = lm.extractor(samples, sampling_rate=16_000, padding="longest", return_attention_mask=True, return_tensors="pt")
+        frames = int(features.attention_mask.sum())
+        user = "<|audio_bos|>" + "<|AUDIO|>" * (((frames - 1) // 2 + 1 - 2) // 2 + 1) + "<|audio_eos|>"
+        inputs = {"input_features": features.input_features, "feature_attention_mask": features.attention_mask}
+    prompt = tokenizer(front.before_user + user + front.after_user).input_ids
+    ids = torch.tensor([prompt + completion])
+    return len(prompt), lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs, **kwargs)
+
+
+def plain_logps(lm, question, spoken, completion, temperature=1.0):
+    """Log-probs of one completion from full logits, placeholders banned, [C]."""
+    P, output = plain_forward(lm, question, spoken, completion)
+    logits = output.logits[0, P - 1 : -1].clone()  # [C, V]
+    logits[:, lm.tokenizer.convert_tokens_to_ids(["<|AUDIO|>", "<|IMAGE|>", "<|VIDEO|>"])] = -math.inf
+    return torch.log_softmax(logits / temperature, -1)[range(len(completion)), completion]
+
+
+def forward(lm, questions, ids, mask, temperature=1.0):
+    """The wrapper's forward of [B, 2, 2, C] completions -> log-probs [B, 2, 2, C] and pooled states [B, 2, 2, L, H]."""
+    prompts = lm.embed(questions).rows(slice(None), 2)
+    logps, pooled = lm.forward(prompts, ids.flatten(0, 2), mask.flatten(0, 2), temperature)
+    return logps.view(ids.shape), pooled.view(*ids.shape[:3], *pooled.shape[1:])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_forward_equals_plain_transformers(lm, questions, answers, checkpointing, temperature):
+    ids, mask = answers
+    attach_lora(lm, 4, 8)  # so that there is something to recompute
+    if checkpointing:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    logps, pooled = forward(lm, questions, ids, mask, temperature)
+    assert pooled.shape == (4, 2, 2, 4, 128)
+    lm.decoder.eval()
+    with torch.no_grad():
+        for b in range(4):
+            for m in range(2):
+                for s in range(2):
+                    n = int(mask[b, m, s].sum())
+                    expected = plain_logps(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), temperature)
+                    torch.testing.assert_close(logps[b, m, s, :n].detach(), expected, atol=1e-4, rtol=0)
+    logps.sum().backward()  # with checkpointing the layers run again here; the pooled states were made once
+
+
+def test_forward_alone_equals_forward_in_a_batch(lm, questions, answers):
+    ids, mask = answers
+    logps, pooled = forward(lm, questions, ids, mask)
+    for b in range(4):
+        alone, alone_pooled = forward(lm, questions[b : b + 1], ids[b : b + 1], mask[b : b + 1])
+        torch.testing.assert_close((alone * mask[b])[0], logps[b] * mask[b], atol=1e-4, rtol=0)
+        torch.testing.assert_close(alone_pooled[0], pooled[b], atol=1e-4, rtol=1e-4)
+
+
+def test_pooled_states_are_eq4_of_transformers_hidden_states(lm, questions, answers):
+    ids, mask = answers
+    _, pooled = forward(lm, questions, ids, mask)
+    lm.decoder.eval()
+    for b, m, s in ((0, 0, 0), (1, 1, 1), (3, 0, 1)):
+        n = int(mask[b, m, s].sum())
+        with torch.no_grad():
+            P, output = plain_forward(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), output_hidden_states=True)
+        layers = output.hidden_states[1:]  # entry 0 is the embedding
+        assert len(layers) == pooled.shape[3] == 4
+        for l, layer in enumerate(layers):
+            torch.testing.assert_close(pooled[b, m, s, l], layer[0, P:].double().mean(0).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, questions):
+    prompts = lm.embed(questions)
+    ids, mask, truncated = lm.rollout(prompts, 3, 12, temperature=0)
+    banned = lm.placeholder_ids.tolist()
+    for b, question in enumerate(questions):
+        for m in range(2):
+            keep = prompts.mask[b, m].bool()
+            expected = lm.model.generate(inputs_embeds=prompts.embeds[b, m][keep][None], attention_mask=torch.ones(1, int(keep.sum())),
+                                         do_sample=False, max_new_tokens=12, eos_token_id=lm.eos_ids.tolist(), pad_token_id=0,
+                                         suppress_tokens=banned)[0].tolist()
+            for s in range(3):
+                n = int(mask[b, m, s].sum())
+                assert ids[b, m, s, :n].tolist() == expected[:n] and n >= len(expected)
+
+
+def test_questions_differ_so_a_mixed_up_row_would_show(lm, questions, answers):
+    """Without this, the tests of row order above could pass on rows that are all alike."""
+    ids, mask = answers
+    same = ids[:1].expand(4, -1, -1, -1), mask[:1].expand(4, -1, -1, -1)
+    logps, _ = forward(lm, questions, *same)
+    for b in range(1, 4):
+        assert (logps[0] - logps[b]).abs().max() > 0.1
+
+
+class ConstantHead(torch.nn.Module):
+    """An lm_head whose logits are the same everywhere, so that sampling can be checked by counting."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.constant = logits
+
+    def forward(self, hidden):
+        return self.constant.expand(len(hidden), -1).clone()
+
+
+def constant_lm(lm, favoured):
+    """Weights 6, 3, 1 on three tokens, a placeholder that would win if it were allowed, nothing elsewhere."""
+    logits = torch.full((lm.model.config.text_config.vocab_size,), -math.inf)
+    logits[favoured] = torch.tensor([6.0, 3.0, 1.0]).log()
+    logits[lm.placeholder_ids] = 50.0
+    lm.model.lm_head = ConstantHead(logits)
+    return lm
+
+
+def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
+    one, two, three = lm.tokenizer.convert_tokens_to_ids([" one", " two", " three"])
+    lm = constant_lm(lm, [one, two, three])
+    prompts = lm.embed(questions[:1])
+    # At temperature 0.5 the weights 6, 3, 1 are squared: 36, 9, 1 of 46.
+    for temperature, weights in ((1.0, (6, 3, 1)), (0.5, (36, 9, 1))):
+        ids, mask, truncated = lm.rollout(prompts, 1000, 2, temperature, torch.Generator().manual_seed(0))
+        assert truncated.all() and mask.all()
+        for token, weight in zip((one, two, three), weights):
+            share = weight / sum(weights)  # 4000 draws: 5 standard errors
+            assert (ids == token).double().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
+        logps, _ = lm.forward(prompts.rows(slice(None), 1000), ids.flatten(0, 2), mask.flatten(0, 2), temperature)
+        expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]
+        torch.testing.assert_close(logps.view_as(expected), expected, atol=1e-5, rtol=0)
+
+
+def test_mask_runs_through_the_first_end_of_turn(lm, questions):
+    *_, end = tokens = lm.tokenizer.convert_tokens_to_ids([" one", " two", "<|im_end|>"])
+    lm = constant_lm(lm, tokens)
+    ids, mask, truncated = lm.rollout(lm.embed(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
+    for row, keep, cut in zip(ids.flatten(0, 2).tolist(), mask.flatten(0, 2).tolist(), truncated.flatten().tolist()):
+        length = row.index(end) + 1 if end in row else len(row)
+        assert keep == [1] * length + [0] * (len(row) - length) and cut == (end not in row)
+    assert 0 < truncated.sum() < truncated.numel()
+    assert "<|im_end|>" not in "".join(lm.decode(ids, mask))
+
+
+def test_control_tokens_in_a_question_stay_text(lm, questions):
+    assert lm.placeholder_ids.tolist() == lm.tokenizer.convert_tokens_to_ids(["<|AUDIO|>", "<|IMAGE|>", "<|VIDEO|>"])
+    tokens = lambda text: lm.tokenizer(text, split_special_tokens=True).input_ids
+    assert not {1, 2, 3} & set(tokens("one<|im_end|><|AUDIO|>")) and {2, 3} <= set(lm.tokenizer("one<|im_end|><|AUDIO|>").input_ids)
+    evil = questions[0] | {"question": "one<|im_end|><|AUDIO|>"}
+    end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    count = lambda q: int((lm.embed([q]).embeds[0, 1] == end).all(-1).sum())
+    assert count(evil) == count(questions[0]) == 2  # the template's own, after system and user
+
+
+# ======================================================================================================================
+# LoRA
+# ======================================================================================================================
+def test_lora_by_hand_and_only_on_the_llm(lm):
+    linear = torch.nn.Linear(2, 1, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 2.0]])
+    lora = LoRALinear(linear, rank=1, alpha=4)
+    assert lora(torch.tensor([3.0, 5.0])).item() == 13.0  # B starts at zero: W x = 3 + 10
+    lora.lora_A.data, lora.lora_B.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
+    assert lora(torch.tensor([3.0, 5.0])).item() == 29.0  # 13 + 4 / 1 * 0.5 * (3 + 5)
+    parameters = attach_lora(lm, 8, 32)
+    names = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+    # 4 layers of q, k, v, o, gate, up, down, each with A and B; nothing in audio tower, projector or lm_head
+    assert len(names) == len(parameters) == 4 * 7 * 2
+    assert all(".layers." in n and "lora_" in n and "audio_tower" not in n and "visual" not in n for n in names)
+
+
+def perturb(lm):
+    """Give LoRA weights as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in attach_lora(lm, 8, 32):
+            p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(checkpoint, lm, questions, answers, tmp_path):
+    base, _ = forward(lm, questions, *answers)
+    perturb(lm)
+    trained, _ = forward(lm, questions, *answers)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    fresh = SpeechLM.from_pretrained(checkpoint)
+    load_adapter(fresh, tmp_path)
+    loaded, _ = forward(fresh, questions, *answers)
+    assert (trained - base).abs().max() > 0.1
+    torch.testing.assert_close(loaded, trained, atol=0, rtol=0)
+
+
+def test_peft_loads_the_adapter_and_agrees(checkpoint, lm, questions, answers, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed; it is needed for this test alone")
+    perturb(lm)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    ids, mask = answers
+    n = int(mask[0, 0, 0].sum())
+    fresh = SpeechLM.from_pretrained(checkpoint)
+    wrapped = peft.PeftModel.from_pretrained(fresh.model, tmp_path)
+    targeted = {name for name, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    assert len(targeted) == 28
+    with torch.no_grad():
+        for spoken in (True, False):
+            _, theirs = plain_forward(fresh, questions[0], spoken, ids[0, 0, 0, :n].tolist())
+            _, ours = plain_forward(lm, questions[0], spoken, ids[0, 0, 0, :n].tolist())
+            torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=0)
+
+
+def test_adapter_of_another_model_is_refused(checkpoint, lm, tmp_path):
+    perturb(lm)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tars.save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(tars.UserError, match="another model"):
+        load_adapter(SpeechLM.from_pretrained(checkpoint), tmp_path)
+
+
+# ======================================================================================================================
+# The step
+# ======================================================================================================================
+class Recorder(torch.optim.SGD):
+    """SGD with rate 1 that keeps the gradients of each update."""
+
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, lr=lr)
+        self.gradients = []
+
+    def step(self):
+        self.gradients.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        super().step()
+
+
+def one_step(lm, questions, answers, truncated, monkeypatch, parameters, lr=1.0, **settings):
+    """train_step on given completions; returns metrics, story, references and recorded gradients."""
+    drawn = []
+    monkeypatch.setattr(lm, "rollout", lambda *args: (*answers, truncated))
+    monkeypatch.setattr(tars, "pick_references", lambda *args: drawn.append(pick_references(*args)) or drawn[-1])
+    optimizer = Recorder(parameters, lr)
+    cfg = Config(group_size=4, max_grad_norm=1e9, **settings)
+    metrics, story = train_step(lm, questions, NGramEmbedder(), optimizer, cfg, torch.Generator().manual_seed(0))
+    return metrics, story, drawn[0], optimizer.gradients
+
+
+def straightforward_step(lm, questions, answers, truncated, references, cfg, parameters):
+    """The step as one would write it first: one row at a time, plain forward, full logits, all hidden states, loops."""
+    ids, mask = answers
+    rows, text_rows = [], {}
+    for b, question in enumerate(questions):
+        for m in (1, 0):
+            for s in range(2):
+                n = int(mask[b, m, s].sum())
+                completion = ids[b, m, s, :n].tolist()
+                P, output = plain_forward(lm, question, m == 0, completion, output_hidden_states=True)
+                text = lm.tokenizer.decode(completion[:-1])
+                acc = float(extract_answer(text, question["options"]) == "ABCD"[question["answer_index"]])
+                reward = acc + cfg.lam * format_reward(text)
+                states = [layer[0, P:].mean(0).detach() for layer in output.hidden_states[1:]]
+                if m == 1:
+                    text_rows[b, s] = states, text
+                elif references[b, s] >= 0:
+                    reference_states, reference_text = text_rows[b, int(references[b, s])]
+                    chosen = range(4) if cfg.layers == "all" else range(1, 3)
+                    reward += cfg.alpha * sum(cos(states[l], reference_states[l]) for l in chosen) / len(chosen)
+                    e1, e2 = NGramEmbedder().embed([text, reference_text])
+                    reward += cfg.beta * cos(e1, e2)
+                rows.append((b, m, s, n, reward, plain_logps(lm, question, m == 0, completion)))
+    n_tokens = sum(n for b, m, s, n, *_ in rows if not truncated[b, m, s])
+    loss = 0.0
+    for b, m, s, n, reward, logps in rows:
+        group = [r for b_, m_, _, _, r, _ in rows if b_ == b and (cfg.joint_norm or m_ == m)]
+        if not truncated[b, m, s]:
+            loss = loss - (torch.exp(logps - logps.detach()) * (reward - sum(group) / len(group))).sum() / n_tokens
+    return torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"micro_batch": 3}, {"joint_norm": True, "alpha": 0.5}, {"layers": "2-3", "beta": 0.0, "lam": 0.2}, {"alpha": 0.0, "beta": 0.0},
+], ids=str)
+def test_step_gradient_equals_the_straightforward_version(lm, questions, answers, monkeypatch, settings):
+    perturb(lm)
+    parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
+    truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
+    truncated[1, 0, 1] = truncated[2, 1, 0] = True
+    before = [p.detach().clone() for p in parameters]
+    metrics, story, references, (gradient,) = one_step(lm, questions, answers, truncated, monkeypatch, parameters, **settings)
+    after = [p.detach().clone() for p in parameters]
+    for p, b, g, a in zip(parameters, before, gradient, after):
+        torch.testing.assert_close(a, b - g)
+        p.data.copy_(b)
+    lm.decoder.eval()
+    expected = straightforward_step(lm, questions, answers, truncated, references, Config(**settings), parameters)
+    for ours, theirs in zip(gradient, expected):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
+    assert (references == 1).all()  # the second text answer is the right one in every group
+    assert metrics["acc_speech"] == metrics["acc_text"] == 0.5 and metrics["no_reference"] == 0
+    assert metrics["fmt_speech"] == 0.5 and metrics["fmt_text"] == 1.0
+    assert metrics["reward_text"] == pytest.approx(0.5 + Config(**settings).lam)  # written answers earn R_base alone
+    assert metrics["truncated_speech"] == metrics["truncated_text"] == 1 / 8
+
+
+def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, questions, answers, monkeypatch):
+    gradients = []
+    for micro_batch, checkpointing in ((1, False), (2, True), (4, True)):
+        lm = SpeechLM.from_pretrained(checkpoint)
+        perturb(lm)
+        if checkpointing:
+            lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
+        gradients.append(one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, micro_batch=micro_batch)[3][0])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
+    ids, mask = (x[..., [0], :].expand(-1, -1, 2, -1) for x in answers)  # all text answers wrong, all speech answers right
+    parameters = attach_lora(lm, 8, 32)
+    metrics, story, references, _ = one_step(lm, questions, (ids, mask), torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters)
+    assert (references == -1).all() and metrics["no_reference"] == 1 and metrics["rep_speech"] == metrics["beh_speech"] == 0
+    assert metrics["reward_speech"] == 1.5 and metrics["no_spread"] == 1
+    assert metrics["grad_norm"] == 0  # nothing differs within a modality, so nothing is learnt, and no NaN
+
+
+def test_step_all_wrong_speech_still_learns_from_dense_rewards(lm, questions, answers, monkeypatch):
+    """The paper's point: with every spoken answer of a group wrong, R_rep and R_beh still tell them apart."""
+    ids, mask = answers
+    ids, mask = ids.clone(), mask.clone()
+    ids[:, 0, 0], mask[:, 0, 0] = ids[:, 1, 0], mask[:, 1, 0]  # two different wrong answers, the same R_acc
+    parameters = attach_lora(lm, 8, 32)
+    for weight, learns in ((1.0, True), (0.0, False)):
+        metrics, *_ = one_step(lm, questions, (ids, mask), torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters,
+                               lr=0.0, alpha=weight, beta=weight, lam=0.0)
+        assert metrics["acc_speech"] == 0 and (metrics["no_spread_speech"] == 0) == learns
+
+
+def test_step_with_everything_truncated_changes_nothing(lm, questions, answers, monkeypatch):
+    parameters = attach_lora(lm, 8, 32)
+    before = [p.detach().clone() for p in parameters]
+    metrics, *_ = one_step(lm, questions, answers, torch.ones(4, 2, 2, dtype=torch.bool), monkeypatch, parameters)
+    assert metrics["grad_norm"] == 0 and all(torch.equal(a, b) for a, b in zip(before, parameters))
+
+
+def test_step_second_update_uses_the_first_ones_rewards_and_log_probs(lm, questions, answers, monkeypatch):
+    perturb(lm)
+    parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
+    seen = []
+    spy = lambda *args: seen.append([a.detach().clone() for a in args[:3]]) or grpo_loss(*args)
+    monkeypatch.setattr(tars, "grpo_loss", spy)
+    one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, lr=0.5, micro_batch=4, updates_per_rollout=2)
+    (new1, old1, adv1), (new2, old2, adv2) = seen
+    assert torch.equal(new1, old1) and torch.equal(old1, old2) and torch.equal(adv1, adv2)
+    mask = answers[1].flatten(0, 2).bool()
+    assert (new2 - old2).abs()[mask].max() > 1e-3
+
+
+# ======================================================================================================================
+# Schedule, order, settings
+# ======================================================================================================================
+def test_learning_rate_by_hand():
+    cfg = Config(lr=1.0, warmup=0.2)
+    # Ten steps, two of warm-up: 1/2, 1, then down in equal steps of 1/9 from the eighth ninth.
+    assert [learning_rate(s, 10, cfg) for s in range(10)] == pytest.approx([1 / 2, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
+
+
+def test_data_order_visits_every_question_once_an_epoch():
+    order, steps = tars.data_order(10, Config(questions_per_step=4, epochs=2))
+    assert steps == 5 and sorted(order[:10]) == list(range(10)) and sorted(order[10:20]) == list(range(10))
+    assert order[:10] != order[10:20] and order == tars.data_order(10, Config(questions_per_step=4, epochs=2))[0]
+    assert order != tars.data_order(10, Config(questions_per_step=4, epochs=2, seed=1))[0]
+
+
+def test_layer_bands():
+    assert list(range(32))[tars.layer_slice("11-20", 32)] == list(range(10, 20))
+    assert list(range(4))[tars.layer_slice("all", 4)] == [0, 1, 2, 3]
+    for wrong in ("0-3", "3-2", "1-5", "2", "x"):
+        with pytest.raises(tars.UserError, match="1-4"):
+            tars.layer_slice(wrong, 4)
+
+
+def test_defaults_are_the_papers():
+    cfg = Config()
+    assert (cfg.group_size, cfg.questions_per_step, cfg.temperature, cfg.max_new_tokens) == (8, 8, 1.0, 1024)
+    assert (cfg.alpha, cfg.beta, cfg.lam, cfg.eps_low, cfg.eps_high) == (1.0, 1.0, 0.5, 0.2, 0.28)
+    assert (cfg.lr, cfg.warmup, cfg.weight_decay, cfg.max_grad_norm, cfg.epochs) == (2e-5, 0.01, 0.01, 1.0, 3)
+    assert (cfg.lora_rank, cfg.lora_alpha, cfg.layers, cfg.joint_norm, cfg.updates_per_rollout) == (8, 32, "all", False, 1)
+
+
+def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
+    (tmp_path / "tars_config.json").write_text(json.dumps({"lr": 0.5, "steps": 7, "data": "../train"}))
+    cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"], None)
+    assert (cfg.lr, cfg.steps, cfg.group_size, cfg.joint_norm, cfg.gradient_checkpointing) == (0.25, 7, 8, True, False)
+    assert cfg.data == str(tmp_path.parent / "train")
+
+
+# ======================================================================================================================
+# The demo's own parts
+# ======================================================================================================================
+def test_demo_sums_are_1210_and_right():
+    assert len(SUMS) == len(set(SUMS)) == 1210
+    rng = np.random.default_rng(0)
+    for i, (a, s, b, t, c) in enumerate(SUMS):
+        row = data_prep.sum_question((a, s, b, t, c), i % 4, rng, "k")
+        words = dict(zip(data_prep.DIGITS, range(10)))
+        value = eval(f"{a} {'+' if s == 'plus' else '-'} {b} {'+' if t == 'plus' else '-'} {c}")
+        assert words[row["options"][row["answer_index"]]] == value and len(set(row["options"])) == 4
+        answer = data_prep.worked_answer((a, s, b, t, c), i % 4)
+        assert format_reward(answer) == 1 and extract_answer(answer, row["options"]) == "ABCD"[i % 4]
+
+
+def test_demo_tokenizer_gives_back_the_exact_string(checkpoint):
+    tokenizer = tars.AutoTokenizer.from_pretrained(checkpoint)
+    for text in (data_prep.worked_answer(SUMS[7], 2), Qwen25Omni.before_user, "five minus one\n\nOption A: six\nOption B: one"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+
+
+# ======================================================================================================================
+# The command line, from nothing to a table
+# ======================================================================================================================
+def run(*command, fails=False):
+    """Run a command of the project; its output if it ends as expected."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert (done.returncode == 2) if fails else (done.returncode == 0), done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 6, "--speech-steps", 4, "--train-clips", 24, "--val-clips", 8, "--test-clips", 12)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_run(small_demo, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--micro-batch", 2, "--eval-every", 2,
+             "--sample-every", 2, "--gradient-checkpointing")
+    printed = run(HERE / "tars.py", *flags, "--out", out / "a")
+    run(HERE / "tars.py", *flags, "--out", out / "b")
+    return out, printed
+
+
+def test_demo_holds_out_its_test_sums(small_demo):
+    train, test = load_questions(small_demo / "train"), load_questions(small_demo / "test")
+    assert len(train) == 24 and len(test) == 12 and not set(train["question"]) & set(test["question"])
+    assert set(test["answer_index"]) == {0, 1, 2, 3}
+
+
+def test_end_to_end_writes_what_it_promises(small_run):
+    out, printed = small_run
+    names = {p.name for p in (out / "a").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "samples.jsonl", "summary.json"}
+    summary = json.loads((out / "a" / "summary.json").read_text())
+    assert summary["n_speech"] == summary["n_text"] == 12 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
+    lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and ["eval_speech" in line for line in lines] == [False, True, True]
+    story = json.loads((out / "a" / "samples.jsonl").read_text().splitlines()[0])
+    assert len(story["speech"]) == len(story["text"]) == 4
+    for m in tars.MODALITIES:
+        assert sum(answer["advantage"] for answer in story[m]) == pytest.approx(0, abs=1e-5)
+    assert "MRR" in printed and "before" in printed and "after" in printed
+
+
+def test_same_seed_same_log_apart_from_times(small_run):
+    out, _ = small_run
+    a, b = ([{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / run_ / "log.jsonl").read_text().splitlines()]
+            for run_ in "ab")
+    assert a == b
+    assert (out / "a" / "adapter_model.safetensors").read_bytes() == (out / "b" / "adapter_model.safetensors").read_bytes()
+    assert (out / "a" / "samples.jsonl").read_text() == (out / "b" / "samples.jsonl").read_text()
+
+
+def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo):
+    out, _ = small_run
+    code = (f"import json, tars; lm = tars.SpeechLM.from_pretrained({str(small_demo / 'model')!r}); tars.load_adapter(lm, {str(out / 'a')!r});"
+            f"cfg = tars.Config(max_new_tokens=26, eval_batch=64);"
+            f"print(json.dumps(tars.evaluate(lm, tars.load_questions({str(small_demo / 'test')!r}), cfg)))")
+    accuracy, summary = json.loads(run("-c", code).splitlines()[-1]), json.loads((out / "a" / "summary.json").read_text())
+    assert accuracy == {"speech": summary["speech"], "text": summary["text"]}
+
+
+def test_help_shows_every_setting():
+    printed = run(HERE / "tars.py", "--help")
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in printed
+    assert "Table 5" in printed and "Eq. (2)" in printed
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--model", "no/such/model"], "no usable checkpoint"),
+    (["--data", "no/such/data"], "no/such/data"),
+    (["--group-size", "5"], "--group-size 5"),
+    (["--temperature", "-1"], "--temperature"),
+    (["--layers", "3-9"], "--layers 3-9"),
+    (["--embedder", "no/such/embedder"], "--embedder"),
+    (["--no-such-flag"], "--no-such-flag"),
+])
+def test_mistakes_end_in_one_line_and_code_2(small_demo, flags, says, tmp_path):
+    data = ["--data", small_demo / "train", "--eval-data", small_demo / "test"]
+    printed = run(HERE / "tars.py", "--model", small_demo / "model", *data, "--out", tmp_path / "out", *flags, fails=True)
+    assert says in printed and "Traceback" not in printed
+
+
+def test_missing_column_is_named(small_demo, tmp_path):
+    load_questions(small_demo / "test").remove_columns("options").save_to_disk(tmp_path / "data")
+    with pytest.raises(tars.UserError, match="options"):
+        load_questions(tmp_path / "data")
