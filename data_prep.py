@@ -14,6 +14,7 @@ Imports: this file imports tars.py; nothing imports this file.
 import argparse
 import io
 import math
+import shutil
 import sys
 import wave
 from itertools import product
@@ -78,8 +79,8 @@ def worked_answer(expression, letter):
     a, s, b, t, c = expression
     first = a + SIGNS[s] * b
     result = first + SIGNS[t] * c
-    thought = (f"{DIGITS[a]} {s} {DIGITS[b]} is {DIGITS[first]}. {DIGITS[first]} {t} {DIGITS[c]} is {DIGITS[result]} {LETTERS[letter]}")
-    return f"<think>{thought}</think><answer>The answer is {LETTERS[letter]}.</answer>"
+    sums = f"{DIGITS[a]} {s} {DIGITS[b]} is {DIGITS[first]}. {DIGITS[first]} {t} {DIGITS[c]} is {DIGITS[result]}"
+    return f"<think>{sums} {LETTERS[letter]}</think><answer>The answer is {LETTERS[letter]}.</answer>"
 
 
 # ======================================================================================================================
@@ -140,10 +141,20 @@ def wav_bytes(waveform):
 PAUSE = " …"  # what the LLM's own vocabulary has for silence
 
 
+def demo_texts(rng):
+    """Everything the demo's model will ever read or write, for its tokenizer."""
+    texts = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
+    for i, expression in enumerate(expressions()):
+        texts += [written_question(sum_question(expression, i % 4, rng, "")), worked_answer(expression, i % 4)]
+    return texts
+
+
 def demo_tokenizer(texts):
-    """Every word (with its leading space), mark and tag of `texts` is one token; decoding gives back the exact string."""
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>", "<|VIDEO|>"]
-    split = pre_tokenizers.Split(Regex(r"(?:system|user|assistant)\n|</?(?:think|answer)>|Option [ABCD]:| ?[\w…]+|\n+|[^\w\s]"), "isolated")
+    """Every word of `texts` (with the space before it), mark and tag is one token; decoding gives the exact string."""
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
+               "<|IMAGE|>", "<|VIDEO|>"]
+    piece = r"(?:system|user|assistant)\n|</?(?:think|answer)>|Option [ABCD]:| ?[\w…]+|\n+|[^\w\s]"
+    split = pre_tokenizers.Split(Regex(piece), "isolated")
     pieces = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)})
     # The system prompt never changes: as one token it leaves the demo's short prompts short.
     vocabulary = {token: i for i, token in enumerate([*control, "<unk>", SYSTEM_PROMPT, *pieces])}
@@ -151,7 +162,8 @@ def demo_tokenizer(texts):
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer.add_tokens([AddedToken(SYSTEM_PROMPT, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>",
+                                   unk_token="<unk>")
 
 
 def demo_model(tokenizer):
@@ -159,26 +171,27 @@ def demo_model(tokenizer):
     token = tokenizer.convert_tokens_to_ids
     return Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
-            num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.12, tie_word_embeddings=False,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.12,
+            tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}),
         audio_config=dict(
-            d_model=128, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=256, num_mel_bins=128, n_window=100,
-            output_dim=128, initializer_range=0.1),
+            d_model=128, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=256, num_mel_bins=128,
+            n_window=100, output_dim=128, initializer_range=0.1),
         vision_config=dict(  # unused, as small as it goes
-            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, patch_size=2, temporal_patch_size=1, out_hidden_size=128,
-            fullatt_block_indexes=[0]),
-        audio_token_index=token("<|AUDIO|>"), image_token_index=token("<|IMAGE|>"), video_token_index=token("<|VIDEO|>"),
-        audio_start_token_id=token("<|audio_bos|>"), audio_end_token_id=token("<|audio_eos|>"),
-        vision_start_token_id=token("<|IMAGE|>"), initializer_range=0.12))
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, patch_size=2, temporal_patch_size=1,
+            out_hidden_size=128, fullatt_block_indexes=[0]),
+        audio_token_index=token("<|AUDIO|>"), image_token_index=token("<|IMAGE|>"),
+        video_token_index=token("<|VIDEO|>"), audio_start_token_id=token("<|audio_bos|>"),
+        audio_end_token_id=token("<|audio_eos|>"), vision_start_token_id=token("<|IMAGE|>"), initializer_range=0.12))
 
 
-def text_batch(tokenizer, expressions, rng, rows, drills, haste):
+def text_batch(tokenizer, expressions, rng, rows, drills, pauses):
     """Training rows for the LLM -> ids, attention mask and loss weights, each [rows, T].
 
-    `drills` of the rows only look an option up: a number, four options, its letter. Some rows are written as speech
-    sounds, without line breaks and with pauses, 2 a word at most in drills and 1 elsewhere on average, times `haste`
-    (0 to 1): enough for the LLM to survive audio embeddings, not enough to be at home among them.
+    `drills` of the rows only look an option up: a number, four options, its letter. With `pauses` above 0 the questions
+    are written as speech sounds: without line breaks, and with up to that many pauses a word on average. So the LLM
+    survives audio embeddings, most of which stand for no word, without ever having met one.
     """
     token = tokenizer.convert_tokens_to_ids
     letters = [token(f" {letter}") for letter in LETTERS]
@@ -188,11 +201,11 @@ def text_batch(tokenizer, expressions, rng, rows, drills, haste):
         expression, letter = expressions[rng.integers(len(expressions))], int(rng.integers(4))
         question, answer = sum_question(expression, letter, rng, key=""), worked_answer(expression, letter)
         if i < drills:
-            question["question"] = question["options"][letter]
-            answer = f"<think>that is {question['question']} {LETTERS[letter]}</think><answer>The answer is {LETTERS[letter]}.</answer>"
+            question["question"], name = question["options"][letter], LETTERS[letter]
+            answer = f"<think>that is {question['question']} {name}</think><answer>The answer is {name}.</answer>"
         user = tokenizer(written_question(question)).input_ids
-        if rng.random() < (0.75 if i < drills else 0.3):
-            rate = haste * rng.uniform(0, 1.5)
+        if pauses:
+            rate = rng.uniform(0, pauses)
             user = [t for u in user if u not in breaks for t in [token(PAUSE)] * rng.poisson(rate) + [u]]
         prompts.append(tokenizer(Qwen25Omni.before_user).input_ids + user + tokenizer(Qwen25Omni.after_user).input_ids)
         answers.append(tokenizer(answer + Qwen25Omni.end_of_turn[0]).input_ids)
@@ -210,15 +223,16 @@ def train_llm(model, tokenizer, expressions, rng, steps):
     optimizer = torch.optim.AdamW([*decoder.parameters(), *model.lm_head.parameters()], lr=2e-3)
     bar = tqdm(range(steps), desc="base model 1/2: LLM learns to reason in writing", unit="step")
     for step in bar:
-        # Looking up comes first and alone: mixed with sums from the start it took several times as long to appear.
-        drills = 64 if step < 0.16 * steps else 32 if step % 2 == 0 else 0
-        haste = min(1.0, max(0.0, (step / steps - 0.1) / 0.2))
-        ids, mask, weights = text_batch(tokenizer, expressions, rng, 64, drills, haste)
+        # Looking up comes first and alone: mixed with sums from the start it is learnt much later.
+        drills = 64 if step < 0.16 * steps else 16
+        pauses = 1.5 * min(1.0, max(0.0, (step / steps - 0.1) / 0.2)) if step % 2 else 0.0
+        ids, mask, weights = text_batch(tokenizer, expressions, rng, 64, drills, pauses)
         hidden = decoder(inputs_embeds=embeddings(ids), attention_mask=mask, use_cache=False).last_hidden_state
         learnt = weights[:, 1:] > 0
         nll = F.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), ids[:, 1:][learnt], reduction="none")
         loss = (nll * weights[:, 1:][learnt]).sum() / weights.sum()
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * decay
         descend(loss, optimizer)
         bar.set_postfix_str(f"loss {loss.item():.3f}")
 
@@ -241,6 +255,26 @@ def spoken_question(expression, letter, rng, key):
     return row, [(word, end) for word, (_, end) in zip(words, ends)]
 
 
+def nearness_loss(states, targets, table, pause):
+    """How far audio embeddings [n, H] are from the word embeddings of their targets [n]; pauses weigh a fifth."""
+    weight = torch.where(targets == pause, 0.2, 1.0)
+    named = F.cross_entropy(states @ table.T, targets, reduction="none")
+    return ((named + (states - table[targets]).square().mean(-1)) * weight).sum() / weight.sum()
+
+
+def answer_loss(lm, spoken, answers):
+    """Mean loss of the worked answers' tokens under the spoken prompts; both are lists, [n, H] and [C] a question."""
+    table = lm.model.get_input_embeddings().weight  # [V, H]
+    embed = lambda text: table[lm.tokenizer(text).input_ids]  # [tokens, H]
+    before = embed(lm.front.before_user + lm.front.before_audio)
+    after = embed(lm.front.after_audio + lm.front.after_user)
+    rows = [torch.cat([before, clip, after, table[answer]]) for clip, answer in zip(spoken, answers)]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padded on the right, where nothing looks
+    hidden = lm.decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
+    predicts = [h[len(row) - len(a) - 1 : len(row) - 1] for h, row, a in zip(hidden, rows, answers)]
+    return F.cross_entropy(lm.model.lm_head(torch.cat(predicts)), torch.cat(answers))
+
+
 def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     """Stage 2, the LLM frozen: audio encoder and projector learn to speak the LLM's language, and are stopped early.
 
@@ -249,49 +283,38 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     accuracy on spoken questions `val` reaches `stop_at`: the starved regime that the demo is about.
     """
     lm.model.requires_grad_(False)
-    tower = [p for name, p in lm.model.named_parameters() if "audio_tower" in name]
-    for parameter in tower:
-        parameter.requires_grad_(True)
+    tower = [p.requires_grad_(True) for name, p in lm.model.named_parameters() if "audio_tower" in name]
     optimizer = torch.optim.AdamW(tower, lr=3e-3)
-    table = lm.model.get_input_embeddings().weight  # [V, H]
-    embed = lambda text: table[lm.tokenizer(text).input_ids]  # [tokens, H]
-    before = embed(lm.front.before_user + lm.front.before_audio)
-    after = embed(lm.front.after_audio + lm.front.after_user)
-    answer_ids = [torch.tensor(lm.tokenizer(answer + lm.front.end_of_turn[0]).input_ids) for answer in answers]
+    table, token = lm.model.get_input_embeddings().weight, lm.tokenizer.convert_tokens_to_ids
+    pause, accuracy, order = token(PAUSE), 0.0, []
+    answers = [torch.tensor(lm.tokenizer(answer + lm.front.end_of_turn[0]).input_ids) for answer in answers]
     mels = [lm.extractor(read_clip(row["audio"]["bytes"]).numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
-                         return_tensors="pt").input_features[0] for row in tqdm(rows, desc="features", unit="clip")]
-    pause, accuracy, order = lm.tokenizer.convert_tokens_to_ids(PAUSE), 0.0, []
+                         return_tensors="pt").input_features[0].T for row in tqdm(rows, desc="features", unit="clip")]
     bar = tqdm(range(1, steps + 1), desc="base model 2/2: encoder and projector, LLM frozen", unit="step")
     for step in bar:
-        if len(order) < 16:
-            order = order + rng.permutation(len(rows)).tolist()
+        order = order if len(order) >= 16 else order + rng.permutation(len(rows)).tolist()
         batch, order = order[:16], order[16:]
-        frames = torch.tensor([mels[i].shape[1] for i in batch])
-        mel = nn.utils.rnn.pad_sequence([mels[i].T for i in batch], batch_first=True).transpose(1, 2)  # [16, 128, frames]
+        frames = torch.tensor([len(mels[i]) for i in batch])
+        mel = nn.utils.rnn.pad_sequence([mels[i] for i in batch], batch_first=True).transpose(1, 2)  # [16, 128, frames]
         mask = (torch.arange(mel.shape[2]) < frames[:, None]).long()  # [16, frames]
-        states = lm.model.get_audio_features(mel, mask, return_dict=True).last_hidden_state  # all clips' tokens, [n, H]
+        states = lm.model.get_audio_features(mel, mask, return_dict=True).last_hidden_state  # [n, H], clip after clip
         counts = (((frames - 1) // 2 + 1 - 2) // 2 + 1).tolist()  # audio tokens of each clip
         targets = torch.full((len(states),), pause)
         for start, i, count in zip(np.cumsum([0, *counts]), batch, counts):
             for word, end in words[i]:
-                targets[start + min(count - 1, int(25 * end))] = lm.tokenizer.convert_tokens_to_ids(word)
-        weight = torch.where(targets == pause, 0.2, 1.0)
-        nearness = F.cross_entropy(states @ table.T, targets, reduction="none") + (states - table[targets]).square().mean(-1)
-        loss = (nearness * weight).sum() / weight.sum()
+                targets[start + min(count - 1, int(25 * end))] = token(word)
+        loss = nearness_loss(states, targets, table, pause)
         if step > steps // 3:
-            rows_ = [torch.cat([before, s, after, table[answer_ids[i]]]) for s, i in zip(states.split(counts), batch)]
-            hidden = lm.decoder(inputs_embeds=nn.utils.rnn.pad_sequence(rows_, batch_first=True), use_cache=False).last_hidden_state
-            predicts = [h[len(r) - len(answer_ids[i]) - 1 : len(r) - 1] for h, r, i in zip(hidden, rows_, batch)]
-            loss = loss + F.cross_entropy(lm.model.lm_head(torch.cat(predicts)), torch.cat([answer_ids[i] for i in batch]))
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20)
+            loss = loss + answer_loss(lm, states.split(counts), [answers[i] for i in batch])
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.3 if step > steps // 3 else 1)
         descend(loss, optimizer)
-        if step > steps // 3 and step % 40 == 0:
+        if step > steps // 3 and step % 20 == 0:
             accuracy = evaluate(lm, val, Config(max_new_tokens=26, eval_batch=64))["speech"]
             if accuracy >= stop_at:
                 break
         bar.set_postfix_str(f"loss {loss.item():.2f}, speech accuracy {100 * accuracy:.0f} %")
     bar.close()
-    print(f"stopped after step {step}: {100 * accuracy:.1f} % of {len(val)} spoken validation questions are answered right")
+    print(f"stage 2 ended after step {step}: {100 * accuracy:.1f} % of {len(val)} spoken validation questions right")
 
 
 # ======================================================================================================================
@@ -300,52 +323,45 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
 # What tars.py should use with this model instead of the paper's settings, written beside the checkpoint.
 DEMO_SETTINGS = {
     "data": "../train", "eval_data": "../test", "embedder": "ngrams", "questions_per_step": 16, "max_new_tokens": 26,
-    "steps": 120, "lr": 1e-3, "micro_batch": 16, "gradient_checkpointing": False, "eval_batch": 64,
+    "steps": 280, "lr": 1e-3, "micro_batch": 16, "gradient_checkpointing": False, "eval_batch": 64,
 }
-
-
-def write_questions(path, rows):
-    """Rows -> a `datasets` directory; written aside, then renamed."""
-    aside = path.with_name(path.name + ".part")
-    questions = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
-    questions.save_to_disk(aside)
-    aside.rename(path)
 
 
 def demo(args):
     """The offline demo under args.out: model/ (base checkpoint), train/ and test/ (spoken questions)."""
     out = Path(args.out)
-    if (out / "model").exists():
-        raise UserError(f"{out}/model is there already: remove {out} to build it anew, or give another --out")
+    if out.exists():
+        raise UserError(f"{out} is there already: remove it to build the demo anew, or give another --out")
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     sums = list(expressions())
     sums = [sums[i] for i in rng.permutation(len(sums))]
-    parts = {"test": (sums[:256], args.test_clips), "val": (sums[256:384], args.val_clips), "train": (sums[384:], args.train_clips)}
+    parts = {"test": (sums[:256], args.test_clips), "val": (sums[256:384], args.val_clips),
+             "train": (sums[384:], args.train_clips)}  # no sum is in two parts
     rows, words, answers = {}, {}, {}
-    for part, (chosen, clips) in parts.items():  # no sum is in two parts; the right letters are balanced
-        asked = [(chosen[i % len(chosen)], i % 4) for i in range(clips)]
-        spoken = [spoken_question(sum_, letter, rng, f"{part}-{i}")
-                  for i, (sum_, letter) in enumerate(tqdm(asked, desc=f"speaking {part} questions", unit="clip"))]
+    for part, (chosen, clips) in parts.items():
+        asked = [(chosen[i % len(chosen)], i % 4) for i in range(clips)]  # as many right answers under each letter
+        spoken = [spoken_question(expression, letter, rng, f"{part}-{i}")
+                  for i, (expression, letter) in enumerate(tqdm(asked, desc=f"speaking {part} questions", unit="clip"))]
         rows[part], words[part] = map(list, zip(*spoken))
         answers[part] = [worked_answer(*question) for question in asked]
 
-    text = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
-    text += [x for i, s in enumerate(sums) for x in (written_question(sum_question(s, i % 4, rng, "")), worked_answer(s, i % 4))]
-    tokenizer = demo_tokenizer(text)
+    tokenizer = demo_tokenizer(demo_texts(rng))
     model = demo_model(tokenizer)
     train_llm(model, tokenizer, sums[384:], rng, args.text_steps)
     lm = SpeechLM(Qwen25Omni, model, tokenizer, WhisperFeatureExtractor(feature_size=128, chunk_length=300))
-    train_encoder(lm, rows["train"], words["train"], answers["train"], rows["val"], rng, args.speech_steps, args.stop_at)
+    train_encoder(lm, rows["train"], words["train"], answers["train"], rows["val"], rng, args.speech_steps,
+                  args.stop_at)
 
-    out.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".part")  # renamed when all of it is written
+    shutil.rmtree(aside, ignore_errors=True)
     for part in ("train", "test"):
-        write_questions(out / part, rows[part])
-    aside = out / "model.part"
+        questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
+        questions.save_to_disk(aside / part)
     for piece in (model, tokenizer, lm.extractor):
-        piece.save_pretrained(aside)
-    write_json(aside / "tars_config.json", DEMO_SETTINGS)
-    aside.rename(out / "model")
+        piece.save_pretrained(aside / "model")
+    write_json(aside / "model" / "tars_config.json", DEMO_SETTINGS)
+    aside.rename(out)
     print(f"{out}: base model, {len(rows['train'])} training and {len(rows['test'])} test questions")
 
 
@@ -353,14 +369,17 @@ def main(arguments=None):
     """Build the data set that the command line names."""
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__.split("\n")[0])
     parser.add_argument("source", choices=["demo"], help="what to build")
-    parser.add_argument("--out", default="runs/demo", help="directory to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of questions, voices and base model (%(default)s)")
-    parser.add_argument("--text-steps", type=int, default=600, help="steps of the base model's stage 1 (%(default)s)")
-    parser.add_argument("--speech-steps", type=int, default=600, help="at most so many steps of stage 2 (%(default)s)")
-    parser.add_argument("--stop-at", type=float, default=0.40, help="speech accuracy at which stage 2 stops (%(default)s)")
-    parser.add_argument("--train-clips", type=int, default=2000, help="spoken training questions (%(default)s)")
-    parser.add_argument("--val-clips", type=int, default=256, help="spoken questions that decide when stage 2 stops (%(default)s)")
-    parser.add_argument("--test-clips", type=int, default=512, help="held-out spoken questions (%(default)s)")
+    for flag, default, help in (
+        ("--out", "runs/demo", "directory to write"),
+        ("--seed", 0, "seed of questions, voices and base model"),
+        ("--text-steps", 600, "steps of the base model's stage 1"),
+        ("--speech-steps", 600, "steps of its stage 2 at most"),
+        ("--stop-at", 0.40, "speech accuracy at which stage 2 stops"),
+        ("--train-clips", 2000, "spoken training questions"),
+        ("--val-clips", 256, "spoken questions that decide when stage 2 stops"),
+        ("--test-clips", 512, "held-out spoken questions"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, metavar="", help=f"{help} [{default}]")
     demo(parser.parse_args(arguments))
 
 

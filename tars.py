@@ -13,7 +13,7 @@ of the LLM. Dense rewards matter because they still differ when every spoken ans
   Eq.   function here            what it is                                        test in test_tars.py
   (1)   modality_recovery_rate   speech accuracy in percent of the text backbone   test_eq1_*
   (2)   total_reward             R = R_base + alpha R_rep + beta R_beh (speech)    test_eq2_*
-  (3)   base_reward              R_base = R_acc + lambda R_fmt                     test_eq3_*, test_format_*, test_extract_*
+  (3)   base_reward              R_base = R_acc + lambda R_fmt                     test_eq3_*, test_format_*
   (4)   pool_hidden_states       mean over the generated positions of a layer      test_eq4_*
   (5)   representation_reward    mean over layers of cos(speech, text)             test_eq5_*
   (6)   behavior_reward          cos(E(speech answer), E(text answer))             test_eq6_*
@@ -40,17 +40,18 @@ Where we chose (the paper is followed wherever it speaks):
   learning rate          1 % warm-up                   warm-up, then linear to zero       warm-up, then linear to zero
   one step's passes      not given                     log-probs and hidden states in     one forward for both; states
                                                        two, all layers x tokens kept      pooled as they are produced
-  old log-probs          pi_old                        vLLM's, importance-corrected       the first forward's, detached
+  old log-probs          pi_old                        the forward's, corrected for       the first forward's, detached
+                                                       vLLM's sampling
 
 Commands (README.md has more):
 
-  python tars.py                                                   # the whole method offline on a laptop, about 7 minutes
-  python tars.py --alpha 0 --beta 0 --out runs/grpo                # plain GRPO, to compare with
-  python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR                  # one 80 GB GPU
-  python tars.py --help                                            # every setting and where the paper gives it
+  python tars.py                                               # the whole method, offline on a laptop
+  python tars.py --alpha 0 --beta 0 --out runs/grpo            # plain GRPO, to compare with
+  python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR
+  python tars.py --help                                        # every setting and where the paper gives it
 
-Imports: data_prep.py and eval.py import this file; this file imports neither. (It runs `data_prep.py demo` as a
-command when the offline demo is not there yet.)
+Imports: data_prep.py imports this file, never the other way round. (This file runs `data_prep.py demo` as a command
+when the offline demo is not there yet.)
 """
 
 import argparse
@@ -101,9 +102,10 @@ class UserError(Exception):
 # ======================================================================================================================
 # 1. Config: the paper's Table 5
 # ======================================================================================================================
-def setting(default, help, paper="not in the paper"):
-    """A field of Config: its default, what it is, and the paper's value with the place it stands in."""
-    return field(default=default, metadata={"help": f"{help} (here {default}; {paper})"})
+def setting(default, meaning, paper=""):
+    """A field of Config: its default, what it is, and where the paper gives it (empty: nowhere)."""
+    note = f"{default}; {paper}" if paper else default
+    return field(default=default, metadata={"help": f"{meaning} [{note}]"})
 
 
 @dataclass
@@ -115,41 +117,41 @@ class Config:
     """
 
     # what to train on
-    model: str = setting("runs/demo/model", "checkpoint directory or hub name; the default is built offline", "paper: Qwen2.5-Omni-7B, Phi-4-MM")
-    data: str = setting("runs/data/train", "training questions, a directory written by data_prep.py", "paper: 9,953 spoken MMLU questions")
-    eval_data: str = setting("runs/data/test", "held-out questions, likewise", "paper: VoiceBench MMSU and OpenBookQA")
+    model: str = setting("runs/demo/model", "checkpoint directory or hub name", "the paper: Qwen2.5-Omni-7B, Phi-4-MM")
+    data: str = setting("runs/data/train", "training questions, written by data_prep.py", "the paper: 9,953 of MMLU")
+    eval_data: str = setting("runs/data/test", "held-out questions, likewise", "the paper: VoiceBench MMSU and OBQA")
     out: str = setting("runs/tars", "where adapter, logs and summary go")
     seed: int = setting(0, "seed of LoRA's initial weights, data order, sampling and references")
     # roll-out
-    questions_per_step: int = setting(8, "B, questions per optimizer step", "paper: 8, i.e. 64 completions")
-    group_size: int = setting(8, "G, completions per question, half from speech and half from text", "paper: 8, Table 5")
-    max_new_tokens: int = setting(1024, "longest completion; longer ones are cut and masked out of the loss", "paper: 1024, Table 5")
-    temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "paper: 1.0, Table 5")
+    questions_per_step: int = setting(8, "B, questions per optimizer step", "Table 5: 64 completions")
+    group_size: int = setting(8, "G, completions per question: half from speech, half from text", "Table 5")
+    max_new_tokens: int = setting(1024, "longest completion; a cut one is masked out of the loss", "Table 5")
+    temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "Table 5")
     # rewards and advantages
-    alpha: float = setting(1.0, "weight of R_rep, Eq. (2)", "paper: 1")
-    beta: float = setting(1.0, "weight of R_beh, Eq. (2)", "paper: 1")
-    lam: float = setting(0.5, "lambda, weight of R_fmt, Eq. (3)", "paper: 0.5")
-    layers: str = setting("all", "layers in R_rep, Eq. (5): all, or a range such as 11-20, counted from 1", "paper: all; bands in Figure 3")
-    embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E of Eq. (6): a sentence-embedding model, or `ngrams`", "paper: Qwen3-Embedding-0.6B")
-    joint_norm: bool = setting(False, "centre on one mean over both modalities instead of Eq. (7)", "paper: the ablation of Eq. (7)")
+    alpha: float = setting(1.0, "weight of R_rep", "Eq. (2)")
+    beta: float = setting(1.0, "weight of R_beh", "Eq. (2)")
+    lam: float = setting(0.5, "lambda, weight of R_fmt", "Eq. (3)")
+    layers: str = setting("all", "layers in R_rep, `all` or a range counted from 1 such as 11-20", "Eq. (5), Figure 3")
+    embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a sentence-embedding model, or `ngrams`", "Eq. (6)")
+    joint_norm: bool = setting(False, "one mean over both modalities instead of one for each", "ablation of Eq. (7)")
     # loss and optimizer
-    eps_low: float = setting(0.2, "lower clip of the ratio", "paper: 0.2, Table 5")
-    eps_high: float = setting(0.28, "upper clip of the ratio", "paper: 0.28, Table 5")
-    updates_per_rollout: int = setting(1, "optimizer steps on each roll-out; with 1 the ratio is 1", "paper: 1")
-    epochs: int = setting(3, "passes over the training questions", "paper: 3, Table 5")
+    eps_low: float = setting(0.2, "the ratio is clipped below 1 - eps_low", "Table 5")
+    eps_high: float = setting(0.28, "the ratio is clipped above 1 + eps_high", "Table 5")
+    updates_per_rollout: int = setting(1, "optimizer steps on each roll-out; with 1 the ratio is 1", "Table 5")
+    epochs: int = setting(3, "passes over the training questions", "Table 5")
     steps: int = setting(0, "roll-outs in all; 0 means as many as `epochs` takes")
-    lr: float = setting(2e-5, "AdamW's peak learning rate", "paper: 2e-5, Table 5")
-    warmup: float = setting(0.01, "share of steps in which the learning rate rises from 0", "paper: 1 %, Table 5")
-    weight_decay: float = setting(0.01, "AdamW's weight decay", "paper: 0.01, Table 5")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "paper: 1.0, Table 5")
-    lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "paper: 8, Table 5")
-    lora_alpha: int = setting(32, "LoRA's alpha; the update is scaled by alpha / r", "paper: 32")
+    lr: float = setting(2e-5, "AdamW's peak learning rate", "Table 5")
+    warmup: float = setting(0.01, "share of steps in which the learning rate rises from 0", "Table 5")
+    weight_decay: float = setting(0.01, "AdamW's weight decay", "Table 5")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "Table 5")
+    lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "Table 5")
+    lora_alpha: int = setting(32, "LoRA's update is scaled by lora_alpha / lora_rank", "Table 5")
     # memory and output
     micro_batch: int = setting(1, "questions (whole groups) per paired forward; memory against speed")
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
     eval_batch: int = setting(8, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
-    sample_every: int = setting(20, "show and save one group every so many steps")
+    sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
 
 
 def parse_config(arguments, build_demo):
@@ -157,10 +159,14 @@ def parse_config(arguments, build_demo):
 
     `build_demo(path)` is called when the default model is asked for and is not there yet.
     """
-    parser = argparse.ArgumentParser(prog="tars.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    table = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120)
+    parser = argparse.ArgumentParser(prog="tars.py", usage="tars.py [--setting value ...]", allow_abbrev=False,
+                                     description="setting: meaning [default; where the paper gives it]",
+                                     formatter_class=table)
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%"), **kind)
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
     flags = vars(parser.parse_args(arguments))
     model = Path(flags.get("model", Config.model))
     if str(model) == Config.model and not model.exists():
@@ -194,7 +200,7 @@ def load_questions(path):
     try:
         questions = datasets.load_from_disk(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} is no data set directory: write one with data_prep.py, or give another path") from error
+        raise UserError(f"{path} is no data set directory: write one with data_prep.py") from error
     if missing := COLUMNS - set(questions.column_names):
         raise UserError(f"{path} lacks the column(s) {', '.join(sorted(missing))}: write it anew with data_prep.py")
     if len(questions) == 0:
@@ -261,7 +267,8 @@ class Qwen25Omni:
     @staticmethod
     def encode(model, extractor, waveform):
         """One clip [T] -> audio embeddings [25 per second, H]. One at a time: no padding can leak into a clip."""
-        features = extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
+        features = extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest", return_attention_mask=True,
+                             return_tensors="pt")
         mel = features.input_features.to(model.device, model.dtype)  # [1, 128, frames]
         mask = features.attention_mask.to(model.device)  # [1, frames]
         return model.get_audio_features(mel, mask, return_dict=True).last_hidden_state
@@ -276,18 +283,23 @@ class Prompts(NamedTuple):
     embeds: torch.Tensor  # [..., P, H]
     mask: torch.Tensor  # [..., P], 1 where there is a token
 
-    def rows(self, index, repeats):
-        """The prompts of some questions, each repeated for its samples: [len(index) * 2 * repeats, P, H]."""
-        # repeat_interleave, not repeat: the samples of one prompt are neighbours, as they are in completion_ids.
-        return Prompts(*(x[index].flatten(0, 1).repeat_interleave(repeats, dim=0) for x in self))
+    def rows(self, index=slice(None)):
+        """The prompts of some questions, one row each: [len(index) * 2, P, H]."""
+        return Prompts(self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1))
+
+
+def positions(mask):
+    """Position ids [N, P] of left-padded rows: a padded row starts at 0 like any other."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class SpeechLM:
     """A speech LLM in three stages. Everything after `embed` is the same for every model family."""
 
     def __init__(self, front, model, tokenizer, extractor):
-        self.front, self.model, self.tokenizer, self.extractor = front, model.eval().requires_grad_(False), tokenizer, extractor
-        self.decoder = model.get_decoder()
+        self.front, self.tokenizer, self.extractor = front, tokenizer, extractor
+        self.model = model.eval().requires_grad_(False)
+        self.decoder, self.embed_tokens = model.get_decoder(), model.get_input_embeddings()
         self.device = model.device
         self.eos_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(front.end_of_turn)), device=self.device)
         self.placeholder_ids = torch.tensor(front.placeholders(model.config), device=self.device)
@@ -308,7 +320,8 @@ class SpeechLM:
             model = front.load(path, dtype=dtype, attn_implementation="sdpa").to(device)
             tokenizer, extractor = AutoTokenizer.from_pretrained(path), front.load_extractor(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is no usable checkpoint, here or on the hub: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is no usable checkpoint, here or on the hub: {reason}") from error
         return cls(front, model, tokenizer, extractor)
 
     @torch.no_grad()
@@ -322,17 +335,18 @@ class SpeechLM:
                       self._embed_text(self.front.after_audio, special=True)]
             text = [self._embed_text(written_question(question))]
             for user_turn in (speech, text):
-                before, after = (self._embed_text(piece, special=True) for piece in (self.front.before_user, self.front.after_user))
-                prompts.append(torch.cat([before, *user_turn, after]))  # [P, H]
+                prompts.append(torch.cat([self._embed_text(self.front.before_user, special=True), *user_turn,
+                                          self._embed_text(self.front.after_user, special=True)]))  # [P, H]
         embeds = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")  # [B*2, P, H]
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        mask = (torch.arange(embeds.shape[1], device=self.device) >= embeds.shape[1] - lengths[:, None]).long()  # [B*2, P]
+        from_end = embeds.shape[1] - torch.arange(embeds.shape[1], device=self.device)  # [P]: P, ..., 2, 1
+        mask = (from_end <= lengths[:, None]).long()  # [B*2, P]
         return Prompts(embeds.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2)))
 
     def _embed_text(self, text, special=False):
         """Text -> [tokens, H]. Control tokens are only read as such in our own template, never in a user's question."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
-        return self.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=self.device))
+        return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
 
     def logits(self, hidden, temperature):
         """Last hidden states [N, H] -> logits [N, V] of the very distribution that roll-outs are drawn from."""
@@ -348,63 +362,83 @@ class SpeechLM:
         the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated [B, 2, repeats].
         """
         self.decoder.eval()
-        B = len(prompts.mask)
-        rows, mask = prompts.rows(slice(None), 1)  # [N, P, H], [N, P] with N = B * 2
+        embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * 2
         cache = DynamicCache(config=self.decoder.config)
-        hidden = self._decode(rows, mask, cache)[:, -1]  # [N, H]
-        # The prompt was read once; from here on each row is one sample.
+        hidden = self._decode(embeds, mask, positions(mask), cache)[:, -1]  # [N, H]
+        # The prompt is read once; from here on each row is one sample. repeat_interleave, not repeat: the samples of a
+        # prompt are neighbours.
         cache.batch_repeat_interleave(repeats)
         hidden, mask = hidden.repeat_interleave(repeats, dim=0), mask.repeat_interleave(repeats, dim=0)
         finished = torch.zeros(len(mask), dtype=torch.bool, device=self.device)  # [N]
         ids, alive = [], []
         for _ in range(max_new_tokens):
             logits = self.logits(hidden, temperature)  # [N, V]
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0] if temperature else logits.argmax(-1)
+            sample = lambda: torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            token = sample() if temperature else logits.argmax(-1)  # [N]
             ids.append(token.masked_fill(finished, self.eos_ids[-1]))
             alive.append(~finished)
             finished = finished | torch.isin(token, self.eos_ids)
             if finished.all():
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self._decode(self.model.get_input_embeddings()(ids[-1])[:, None], mask, cache)[:, -1]
-        return (torch.stack(ids, -1).view(B, 2, repeats, -1), torch.stack(alive, -1).long().view(B, 2, repeats, -1),
-                ~finished.view(B, 2, repeats))
+            hidden = self._decode(self.embed_tokens(ids[-1])[:, None], mask, positions(mask)[:, -1:], cache)[:, -1]
+        shape = lambda x: x.view(len(prompts.mask), 2, repeats, *x.shape[1:])  # rows are question, modality, sample
+        return shape(torch.stack(ids, -1)), shape(torch.stack(alive, -1).long()), shape(~finished)
 
-    def _decode(self, embeds, mask, cache=None):
-        """Run the LLM on [N, T, H]; `mask` [N, past + T] also covers what the cache holds."""
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1]:]  # a padded row starts at 0 like any other
+    def _decode(self, embeds, mask, position_ids, cache=None):
+        """Run the LLM on [N, T, H]; `mask` also covers what the cache holds, or is [N, 1, T, T]: who sees whom."""
         return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
                             use_cache=cache is not None).last_hidden_state
 
     def forward(self, prompts, completion_ids, completion_mask, temperature):
         """The paired forward: log-probs and pooled hidden states of given completions, in one pass.
 
-        prompts: [N, P, H], completion_ids and completion_mask: [N, C]. Returns per_token_logps [N, C] with gradient
-        and, detached, Eq. (4) for every layer [N, L, H]. Neither all layers of all tokens nor [N, C, V] ever exists.
+        prompts: [N, P, H], completion_ids and completion_mask: [N, G/2, C]. Returns per_token_logps [N, G/2, C] with
+        gradient and, detached, Eq. (4) for every layer [N, G/2, L, H]. Neither all layers of all tokens nor logits of
+        all tokens ever exist. The completions of a prompt share its row, so that the prompt is read once for them all:
+
+            row          prompt          | answer 1        | answer 2        | ...
+            positions    0 1 2 ... p-1   | p p+1 p+2 ...   | p p+1 p+2 ...   | ...
+            sees         prompt so far   | prompt, itself  | prompt, itself  | ...   never a sibling
         """
         self.decoder.train()  # there is no dropout; this only lets gradient checkpointing do its work
-        P, C = prompts.mask.shape[1], completion_ids.shape[1]
-        embeds = torch.cat([prompts.embeds, self.model.get_input_embeddings()(completion_ids)], dim=1)  # [N, P+C, H]
-        mask = torch.cat([prompts.mask, completion_mask], dim=1)  # [N, P+C]
+        (N, half, C), P = completion_ids.shape, prompts.mask.shape[1]
+        embeds = torch.cat([prompts.embeds, self.embed_tokens(completion_ids.flatten(1))], dim=1)  # [N, T, H]
+        present = torch.cat([prompts.mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T] with T = P + G/2 * C
+        step = torch.arange(C, device=self.device)
+        answer_positions = (prompts.mask.sum(-1, keepdim=True) + step).repeat(1, half)  # [N, G/2 * C]
+        position_ids = torch.cat([positions(prompts.mask), answer_positions], dim=1)  # [N, T]
+        part = torch.cat([step.new_full((P,), -1), torch.arange(half, device=self.device).repeat_interleave(C)])  # [T]
+        sees = ((part == -1) | (part[:, None] == part)).tril()  # [T, T], query x key
+        # A padded position sees itself: softmax over nothing would be NaN.
+        itself = torch.eye(len(part), dtype=torch.bool, device=self.device)  # [T, T]
+        mask = (sees & present[:, None, None, :]) | itself  # [N, 1, T, T]
         with self._pooling(P, completion_mask) as pooled:
-            hidden = self._decode(embeds, mask)  # [N, P+C, H]
-        predicts = hidden[:, P - 1 : -1].flatten(0, 1)  # [N*C, H]: the state before a token predicts it
+            hidden = self._decode(embeds, mask, position_ids)  # [N, T, H]
+        answers = hidden[:, P:].unflatten(1, (half, C))  # [N, G/2, C, H]
+        # The state before a token predicts it; before an answer's first token stands the prompt's last.
+        first = hidden[:, None, P - 1 : P].expand(-1, half, -1, -1)  # [N, G/2, 1, H]
+        predicts = torch.cat([first, answers[:, :, :-1]], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
         logps = [checkpoint(self._token_logps, h, ids, temperature, use_reentrant=False)
                  for h, ids in zip(predicts.split(1024), completion_ids.flatten().split(1024))]
-        return torch.cat(logps).view(-1, C), torch.stack(pooled, dim=1)
+        return torch.cat(logps).view(N, half, C), torch.stack(pooled, dim=2)
 
     def _token_logps(self, hidden, ids, temperature):
         return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
 
     @contextmanager
     def _pooling(self, P, completion_mask):
-        """While open, Eq. (4) is applied to each layer's output the moment it appears: a list of L tensors [N, H].
+        """While open, Eq. (4) is applied to each layer's output the moment it appears: a list of L tensors [N, G/2, H].
 
         It closes before backward, where gradient checkpointing runs every layer again. The last layer is read after
         the final norm, so that the list is what transformers calls hidden_states[1:].
         """
-        pooled = []
-        keep = lambda module, inputs, hidden: pooled.append(pool_hidden_states(hidden[:, P:].detach(), completion_mask))
+        pooled, (N, half, C) = [], completion_mask.shape
+
+        def keep(module, inputs, hidden):  # hidden: [N, P + G/2 * C, H]
+            answers = hidden[:, P:].detach().reshape(N * half, C, -1)
+            pooled.append(pool_hidden_states(answers, completion_mask.flatten(0, 1)).view(N, half, -1))
+
         hooks = [m.register_forward_hook(keep) for m in (*self.decoder.layers[:-1], self.decoder.norm)]
         try:
             yield pooled
@@ -422,7 +456,7 @@ class SpeechLM:
 # 4. LoRA, on every linear layer of the LLM and nowhere else
 # ======================================================================================================================
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x, with W frozen; A [r, in] starts random, B [out, r] at zero, so that y = W x at first."""
+    """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at zero: at first y = W x."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -438,9 +472,10 @@ class LoRALinear(nn.Module):
 
 def attach_lora(lm, rank, alpha):
     """Wrap every linear layer of the LLM. Returns the trainable parameters."""
-    linears = [(m, n, child) for m in lm.decoder.modules() for n, child in m.named_children() if isinstance(child, nn.Linear)]
-    for parent, name, linear in linears:
-        setattr(parent, name, LoRALinear(linear, rank, alpha))
+    for parent in list(lm.decoder.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALinear(child, rank, alpha))
     return [p for p in lm.decoder.parameters() if p.requires_grad]
 
 
@@ -470,14 +505,17 @@ def load_adapter(lm, path):
     path = Path(path)
     if not (path / "adapter_config.json").exists():
         raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
-    settings, tensors = json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
+    settings = json.loads((path / "adapter_config.json").read_text())
+    tensors = load_file(path / "adapter_model.safetensors")
     attach_lora(lm, settings["r"], settings["lora_alpha"])
     # Compared from `layers.` on: where the decoder sits in the model differs between versions of transformers.
     tail = lambda name: name.split("layers.", 1)[1].removesuffix(".weight")
     tensors = {tail(name): tensor for name, tensor in tensors.items()}
-    weights = {f"{tail(name)}.{part}": getattr(m, part) for name, m in lora_layers(lm).items() for part in ("lora_A", "lora_B")}
+    weights = {f"{tail(name)}.{part}": getattr(m, part)
+               for name, m in lora_layers(lm).items() for part in ("lora_A", "lora_B")}
     if {n: t.shape for n, t in tensors.items()} != {n: w.shape for n, w in weights.items()}:
-        raise UserError(f"{path} was trained on another model ({settings['base_model_name_or_path']}): its layers do not fit")
+        base = settings["base_model_name_or_path"]
+        raise UserError(f"{path} was trained on another model, {base}: give the adapter's own model")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])
@@ -490,7 +528,7 @@ ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD
 
 
 def format_reward(completion):
-    """R_fmt of Eq. (3): 1.0 if the whole output is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0."""
+    """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0."""
     return 1.0 if ANSWER_FORMAT.fullmatch(completion) else 0.0
 
 
@@ -503,7 +541,8 @@ def extract_answer(completion, options):
     block = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     answer = (block[1] if block else completion).strip()
     alone = re.fullmatch(r"\(?([ABCD])\)?[.:,]?", answer)
-    letters = {alone[1]} if alone else set(re.findall(r"(?:\b[Aa]nswer is:?|\b[Oo]ption) \(?([ABCD])\b", answer))
+    stated = r"(?:\b[Aa]nswer is:?|\b[Oo]ption|(?<=\b[ABCD]) (?:or|and))\s*[(*]*([ABCD])\b"  # "A or B" states both
+    letters = {alone[1]} if alone else set(re.findall(stated, answer))
     if not letters:
         plain = lambda text: text.strip().rstrip(".").strip().casefold()
         said = plain(re.sub(r"^.*\banswer is:?", "", answer, flags=re.DOTALL | re.IGNORECASE))
@@ -581,8 +620,9 @@ class SentenceEmbedder:
     @torch.no_grad()
     def embed(self, texts):
         """Strings -> unit vectors [N, D]."""
-        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=8192, return_tensors="pt").to(self.model.device)
-        return F.normalize(self.model(**inputs).last_hidden_state[:, -1].float(), dim=-1)
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=8192, return_tensors="pt")
+        hidden = self.model(**inputs.to(self.model.device)).last_hidden_state  # [N, T, D]
+        return F.normalize(hidden[:, -1].float(), dim=-1)
 
 
 def load_embedder(name):
@@ -592,7 +632,7 @@ def load_embedder(name):
     try:
         return SentenceEmbedder(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"--embedder {name} cannot be loaded, here or from the hub; `--embedder ngrams` needs no model") from error
+        raise UserError(f"--embedder {name} is no model, here or on the hub; `ngrams` needs none") from error
 
 
 # ======================================================================================================================
@@ -608,14 +648,15 @@ def modality_advantages(rewards, joint=False):
 
 
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
-    """Eq. (1), in percent: speech accuracy over that of the *original* text backbone on text."""
-    return 100 * speech_accuracy / base_text_accuracy
+    """Eq. (1), in percent: speech accuracy over that of the *original* text backbone on text (nan if that is 0)."""
+    return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else float("nan")
 
 
 # ======================================================================================================================
 # 7. Loss: GRPO's surrogate with DAPO's clipping and normaliser
 # ======================================================================================================================
-def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask, eps_low=0.2, eps_high=0.28, n_tokens=None):
+def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask, eps_low=0.2, eps_high=0.28,
+              n_tokens=None):
     """- sum over tokens of min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) / number of completion tokens.
 
     log-probs [N, T], advantages [N], completion_mask [N, T] -> scalar. `n_tokens` is the count of the whole step where
@@ -654,7 +695,8 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
     prompts = lm.embed(questions)  # [B, 2, P, H]
 
     # 2. Roll out: the model answers each question G/2 times from speech and G/2 times from text.
-    completion_ids, completion_mask, truncated = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
+    rollout = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
+    completion_ids, completion_mask, truncated = rollout  # [B, 2, G/2, C] twice, [B, 2, G/2]
     loss_mask = completion_mask * ~truncated[..., None]  # [B, 2, G/2, C]; a cut answer teaches nothing
     n_tokens = loss_mask.sum()
 
@@ -670,18 +712,18 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
     sentences = embedder.embed(completions).to(lm.device).view(B, 2, half, -1)  # [B, 2, G/2, D]
     beh = against_references(behavior_reward, sentences, references)  # [B, G/2]
 
-    rep, rewards, old_logps = torch.zeros_like(beh), base.clone(), torch.zeros_like(loss_mask, dtype=torch.float32)
-    advantages = torch.zeros_like(base)
+    rep, rewards, advantages = torch.zeros_like(beh), base.clone(), torch.zeros_like(base)
+    old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
         for group in torch.arange(B, device=lm.device).split(cfg.micro_batch):  # whole groups: b questions
             # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
-            rows = lambda x: x[group].flatten(0, 2)  # [b, 2, G/2, ...] -> [N, ...]
-            logps, pooled = lm.forward(prompts.rows(group, half), rows(completion_ids), rows(completion_mask), cfg.temperature)
+            ids, mask = completion_ids[group].flatten(0, 1), completion_mask[group].flatten(0, 1)  # [b * 2, G/2, C]
+            logps, states = lm.forward(prompts.rows(group), ids, mask, cfg.temperature)
             if update == 0:
                 # 5. Rewards: Eq. (5), and Eq. (2) for speech only. Written answers keep R_base.
-                states = pooled.view(len(group), 2, half, *pooled.shape[1:])  # [b, 2, G/2, L, H]
-                states = states[..., layer_slice(cfg.layers, states.shape[-2]), :].float()
+                states = states.unflatten(0, (-1, 2)).float()  # [b, 2, G/2, L, H]
+                states = states[..., layer_slice(cfg.layers, states.shape[-2]), :]
                 rep[group] = against_references(representation_reward, states, references[group])
                 rewards[group, 0] = total_reward(base[group, 0], rep[group], beh[group], cfg.alpha, cfg.beta)
                 # 6. Advantages: Eq. (7).
@@ -689,7 +731,9 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
                 # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
                 old_logps[group] = logps.detach().view_as(old_logps[group])
             # 7. Loss, normalised by the tokens of the whole step, and its gradient.
-            part = grpo_loss(logps, rows(old_logps), rows(advantages), rows(loss_mask), cfg.eps_low, cfg.eps_high, n_tokens)
+            rows = lambda x: x[group].flatten(0, 2)  # [b, 2, G/2, ...] -> [N, ...]
+            part = grpo_loss(logps.flatten(0, 1), rows(old_logps), rows(advantages), rows(loss_mask),
+                             cfg.eps_low, cfg.eps_high, n_tokens)
             part.backward()
             loss += part.item()
         # 8. Update LoRA's weights.
@@ -697,18 +741,20 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
         optimizer.step()
         optimizer.zero_grad()
 
+    # What a person reads: means over the step, and the first group in full.
     no_spread = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [B, 2]
-    unparsed = as_group([answer is None for answer in answers])
-    per_modality = {"reward": rewards, "acc": acc, "fmt": fmt, "unparsed": unparsed, "truncated": truncated.float(),
-                    "length": completion_mask.sum(-1).float(), "no_spread": no_spread.float()}
-    metrics = {f"{name}_{m}": x[:, i].mean().item() for name, x in per_modality.items() for i, m in enumerate(MODALITIES)}
-    metrics |= {"rep_speech": rep.mean().item(), "beh_speech": beh.mean().item(),
-                "no_spread": no_spread.all(-1).float().mean().item(),
-                "no_reference": (references[:, 0] < 0).float().mean().item(), "loss": loss, "grad_norm": grad_norm}
-    story = {"key": questions[0]["key"], "question": written_question(questions[0]), "answer": LETTERS[questions[0]["answer_index"]]}
+    metrics = {"rep_speech": rep.mean().item(), "beh_speech": beh.mean().item(), "loss": loss, "grad_norm": grad_norm,
+               "no_spread": no_spread.all(-1).float().mean().item(),
+               "no_reference": (references[:, 0] < 0).float().mean().item()}
+    both = {"reward": rewards, "acc": acc, "fmt": fmt, "unparsed": as_group([answer is None for answer in answers]),
+            "truncated": truncated, "length": completion_mask.sum(-1), "no_spread": no_spread}
+    for name, values in both.items():
+        metrics |= {f"{name}_{m}": values[:, i].float().mean().item() for i, m in enumerate(MODALITIES)}
+    story = {key: questions[0][key] for key in ("key", "question", "options", "answer_index")}
+    terms = {"acc": acc, "fmt": fmt, "reward": rewards, "advantage": advantages}
     for i, m in enumerate(MODALITIES):
-        story[m] = [{"completion": completions[i * half + s], "reward": rewards[0, i, s].item(), "acc": acc[0, i, s].item(),
-                     "fmt": fmt[0, i, s].item(), "advantage": advantages[0, i, s].item()} for s in range(half)]
+        story[m] = [{"completion": completions[i * half + s]} | {name: x[0, i, s].item() for name, x in terms.items()}
+                    for s in range(half)]
     for s, answer in enumerate(story["speech"]):
         answer |= {"rep": rep[0, s].item(), "beh": beh[0, s].item(), "reference": references[0, s].item()}
     return metrics, story
@@ -722,8 +768,8 @@ def evaluate(lm, questions, cfg):
     right = torch.zeros(2)
     for start in tqdm(range(0, len(questions), cfg.eval_batch), desc="evaluate", unit="batch", leave=False):
         batch = [questions[i] for i in range(start, min(start + cfg.eval_batch, len(questions)))]
-        completion_ids, completion_mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
-        completions = lm.decode(completion_ids, completion_mask)  # b * 2 strings
+        ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
+        completions = lm.decode(ids, mask)  # b * 2 strings
         for i, completion in enumerate(completions):
             question = batch[i // 2]
             right[i % 2] += extract_answer(completion, question["options"]) == LETTERS[question["answer_index"]]
@@ -749,8 +795,8 @@ def data_order(count, cfg):
     return order.tolist(), steps
 
 
-def train(lm, questions, eval_questions, cfg):
-    """Train LoRA on `questions` and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation."""
+def train(lm, questions, eval_questions, embedder, cfg):
+    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation."""
     out, B = Path(cfg.out), cfg.questions_per_step
     torch.manual_seed(cfg.seed)
     generator = torch.Generator(lm.device).manual_seed(cfg.seed)
@@ -758,7 +804,6 @@ def train(lm, questions, eval_questions, cfg):
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    embedder = load_embedder(cfg.embedder)
     order, steps = data_order(len(questions), cfg)
 
     with open(out / "log.jsonl", "w") as log, open(out / "samples.jsonl", "w") as samples:
@@ -773,7 +818,8 @@ def train(lm, questions, eval_questions, cfg):
                 accuracy = evaluate(lm, eval_questions, cfg)
                 metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
             print(json.dumps(metrics), file=log, flush=True)
-            bar.set_postfix_str(" | ".join(f"{m} R {metrics['reward_' + m]:.2f} acc {metrics['acc_' + m]:.2f}" for m in MODALITIES))
+            bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
+                                           for m in MODALITIES))
             if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
                 print(json.dumps({"step": step, **story}), file=samples, flush=True)
                 tqdm.write(side_by_side(step, story))
@@ -784,16 +830,17 @@ def train(lm, questions, eval_questions, cfg):
 def side_by_side(step, story):
     """One spoken answer and its text reference in two columns, each under its rewards, 100 characters wide."""
     spoken = story["speech"][0]
-    speech = "speech  R {reward:.2f} = acc {acc:.0f} + fmt {fmt:.0f}, rep {rep:.2f}, beh {beh:.2f}; A {advantage:+.2f}".format(**spoken)
     if spoken["reference"] < 0:
-        written, text = {"completion": ""}, "text: no correct answer in this group"
+        written = {"completion": "(no written answer of this group is correct)"}
     else:
         written = story["text"][spoken["reference"]]
-        text = "text*  R {reward:.2f} = acc {acc:.0f} + fmt {fmt:.0f}; A {advantage:+.2f}".format(**written)
-    columns = [[head, *textwrap.wrap(textwrap.shorten(body["completion"], 400), 48)]
-               for head, body in ((speech, spoken), (text, written))]
-    lines = [f"step {step}, question {story['key']}, key {story['answer']}"]
-    return "\n".join(lines + [f"  {left:<48}  {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")])
+    terms = ("acc", "fmt", "rep", "beh", "reward", "advantage")
+    columns = [[name, *textwrap.wrap(textwrap.shorten(answer["completion"], 400), 48),
+                "  ".join(f"{term[:6]} {answer[term]:.2f}" for term in terms[:4] if term in answer),
+                "  ".join(f"{term} {answer[term]:+.2f}" for term in terms[4:] if term in answer)]
+               for name, answer in (("spoken", spoken), ("written, its reference", written))]
+    head = f"step {step}, {story['key']}: {story['question']} ({LETTERS[story['answer_index']]})"
+    return "\n".join([head, *(f"  {a:<48}  {b}".rstrip() for a, b in zip_longest(*columns, fillvalue=""))])
 
 
 def write_aside(path, write):
@@ -811,14 +858,17 @@ def write_json(path, content):
 def build_demo(folder):
     """Make the offline demo's data and base model with data_prep.py."""
     print(f"{folder} is not there yet: building the offline demo (once, about 3 minutes)")
-    subprocess.run([sys.executable, Path(__file__).with_name("data_prep.py"), "demo", "--out", folder], check=True)
+    command = [sys.executable, Path(__file__).with_name("data_prep.py"), "demo", "--out", folder]
+    if subprocess.run(command).returncode:
+        raise UserError(f"the demo could not be built under {folder}: the reason is printed above")
 
 
 def check(cfg):
     """Raise UserError for settings that no run could make sense of."""
     if cfg.group_size < 4 or cfg.group_size % 2:
-        raise UserError(f"--group-size {cfg.group_size}: give an even number from 4 on, half of it is spoken and half written")
-    for name in ("questions_per_step", "max_new_tokens", "micro_batch", "eval_batch", "lora_rank", "updates_per_rollout", "temperature"):
+        raise UserError(f"--group-size {cfg.group_size}: give an even number from 4 on, half spoken and half written")
+    for name in ("questions_per_step", "max_new_tokens", "micro_batch", "eval_batch", "lora_rank",
+                 "updates_per_rollout", "temperature"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give a number above 0")
 
@@ -828,14 +878,14 @@ def main(arguments=None):
     cfg = parse_config(arguments, build_demo)
     check(cfg)
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
-    lm = SpeechLM.from_pretrained(cfg.model)
+    lm, embedder = SpeechLM.from_pretrained(cfg.model), load_embedder(cfg.embedder)
     layer_slice(cfg.layers, len(lm.decoder.layers))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", asdict(cfg))
 
     before = evaluate(lm, eval_questions, cfg)
-    after = train(lm, questions, eval_questions, cfg)
+    after = train(lm, questions, eval_questions, embedder, cfg)
     mrr = [modality_recovery_rate(accuracy["speech"], before["text"]) for accuracy in (before, after)]
     write_json(out / "summary.json", {
         "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],

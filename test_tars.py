@@ -217,6 +217,9 @@ OPTIONS = ["a cat", "because", "Dublin.", "forty two"]
     ("The answer is B. No, the answer is C.", None),  # two letters: no guess
     ("<think>The answer is B.</think><answer>I cannot tell</answer>", None),
     ("The answer is Better.", None),
+    ("The answer is **B**.", "B"),
+    ("The answer is A or B.", None),
+    ("The answer is A, as option A says.", "A"),
     ("The answer is not B.", None),
     ("", None),
 ])
@@ -325,8 +328,7 @@ def checkpoint(tmp_path_factory):
     """A tiny random thinker on disk: the demo's architecture and tokenizer, untrained."""
     path = tmp_path_factory.mktemp("checkpoint")
     rng = np.random.default_rng(0)
-    text = [x for i, s in enumerate(SUMS) for x in (written_question(data_prep.sum_question(s, i % 4, rng, "")), data_prep.worked_answer(s, i % 4))]
-    tokenizer = data_prep.demo_tokenizer([*text, Qwen25Omni.before_user.replace(tars.SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", " …"])
+    tokenizer = data_prep.demo_tokenizer(data_prep.demo_texts(rng))
     torch.manual_seed(0)
     for piece in (data_prep.demo_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128, chunk_length=300)):
         piece.save_pretrained(path)
@@ -384,9 +386,8 @@ def plain_logps(lm, question, spoken, completion, temperature=1.0):
 
 def forward(lm, questions, ids, mask, temperature=1.0):
     """The wrapper's forward of [B, 2, 2, C] completions -> log-probs [B, 2, 2, C] and pooled states [B, 2, 2, L, H]."""
-    prompts = lm.embed(questions).rows(slice(None), 2)
-    logps, pooled = lm.forward(prompts, ids.flatten(0, 2), mask.flatten(0, 2), temperature)
-    return logps.view(ids.shape), pooled.view(*ids.shape[:3], *pooled.shape[1:])
+    logps, pooled = lm.forward(lm.embed(questions).rows(), ids.flatten(0, 1), mask.flatten(0, 1), temperature)
+    return logps.view(ids.shape), pooled.unflatten(0, (-1, 2))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -487,9 +488,9 @@ def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
         for token, weight in zip((one, two, three), weights):
             share = weight / sum(weights)  # 4000 draws: 5 standard errors
             assert (ids == token).double().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
-        logps, _ = lm.forward(prompts.rows(slice(None), 1000), ids.flatten(0, 2), mask.flatten(0, 2), temperature)
-        expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]
-        torch.testing.assert_close(logps.view_as(expected), expected, atol=1e-5, rtol=0)
+        logps, _ = lm.forward(prompts.rows(), ids.flatten(0, 1)[:, :200], mask.flatten(0, 1)[:, :200], temperature)
+        expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]  # [1, 2, 1000, 2]
+        torch.testing.assert_close(logps, expected[0, :, :200], atol=1e-5, rtol=0)
 
 
 def test_mask_runs_through_the_first_end_of_turn(lm, questions):
@@ -788,14 +789,16 @@ def run(*command, fails=False):
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 6, "--speech-steps", 4, "--train-clips", 24, "--val-clips", 8, "--test-clips", 12)
+    # 100 steps teach the LLM the answer's form, not the sums: about one answer in four is right, by luck.
+    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 100, "--speech-steps", 40, "--train-clips", 48,
+        "--val-clips", 8, "--test-clips", 40)
     return out
 
 
 @pytest.fixture(scope="session")
 def small_run(small_demo, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--micro-batch", 2, "--eval-every", 2,
+    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--micro-batch", 2, "--eval-every", 2, "--lr", 0.003,
              "--sample-every", 2, "--gradient-checkpointing")
     printed = run(HERE / "tars.py", *flags, "--out", out / "a")
     run(HERE / "tars.py", *flags, "--out", out / "b")
@@ -804,7 +807,7 @@ def small_run(small_demo, tmp_path_factory):
 
 def test_demo_holds_out_its_test_sums(small_demo):
     train, test = load_questions(small_demo / "train"), load_questions(small_demo / "test")
-    assert len(train) == 24 and len(test) == 12 and not set(train["question"]) & set(test["question"])
+    assert len(train) == 48 and len(test) == 40 and not set(train["question"]) & set(test["question"])
     assert set(test["answer_index"]) == {0, 1, 2, 3}
 
 
@@ -813,7 +816,7 @@ def test_end_to_end_writes_what_it_promises(small_run):
     names = {p.name for p in (out / "a").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "samples.jsonl", "summary.json"}
     summary = json.loads((out / "a" / "summary.json").read_text())
-    assert summary["n_speech"] == summary["n_text"] == 12 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
+    assert summary["n_speech"] == summary["n_text"] == 40 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
     lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and ["eval_speech" in line for line in lines] == [False, True, True]
     story = json.loads((out / "a" / "samples.jsonl").read_text().splitlines()[0])
@@ -838,7 +841,7 @@ def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo)
             f"cfg = tars.Config(max_new_tokens=26, eval_batch=64);"
             f"print(json.dumps(tars.evaluate(lm, tars.load_questions({str(small_demo / 'test')!r}), cfg)))")
     accuracy, summary = json.loads(run("-c", code).splitlines()[-1]), json.loads((out / "a" / "summary.json").read_text())
-    assert accuracy == {"speech": summary["speech"], "text": summary["text"]}
+    assert accuracy == {"speech": summary["speech"], "text": summary["text"]} and accuracy["text"] > 0
 
 
 def test_help_shows_every_setting():
