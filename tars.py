@@ -891,9 +891,9 @@ def main(arguments=None):
         "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],
         "mrr_before": mrr[0], "mrr_after": mrr[1], "n_speech": len(eval_questions), "n_text": len(eval_questions),
     })
-    print(f"\n{len(eval_questions)} held-out questions    speech %    text %    MRR %, Eq. (1)")
+    print(f"\n{len(eval_questions)} held-out questions".ljust(28) + f"{'speech %':>10}{'text %':>10}{'MRR %':>10}")
     for name, accuracy, rate in zip(("before", "after"), (before, after), mrr):
-        print(f"{name:<25}{100 * accuracy['speech']:>10.1f}{100 * accuracy['text']:>10.1f}{rate:>10.1f}")
+        print(f"{name:<27}{100 * accuracy['speech']:>10.1f}{100 * accuracy['text']:>10.1f}{rate:>10.1f}")
     print(f"adapter, log and samples are in {out}/")
 
 
