@@ -306,9 +306,9 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
         loss = nearness_loss(states, targets, table, pause)
         if step > steps // 3:
             loss = loss + answer_loss(lm, states.split(counts), [answers[i] for i in batch])
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.2 if step > steps // 3 else 1)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.1 if step > steps // 3 else 1)
         descend(loss, optimizer)
-        if step >= steps // 3 and step % 10 == 0:
+        if step >= steps // 6 and step % 10 == 0:
             accuracy = evaluate(lm, val, Config(max_new_tokens=26, eval_batch=64))["speech"]
             if accuracy >= stop_at:
                 break
