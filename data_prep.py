@@ -323,7 +323,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
 # What tars.py should use with this model instead of the paper's settings, written beside the checkpoint.
 DEMO_SETTINGS = {
     "data": "../train", "eval_data": "../test", "embedder": "ngrams", "questions_per_step": 16, "max_new_tokens": 26,
-    "steps": 260, "lr": 1e-3, "micro_batch": 16, "gradient_checkpointing": False, "eval_batch": 64,
+    "steps": 260, "lr": 1.6e-3, "micro_batch": 16, "gradient_checkpointing": False, "eval_batch": 64,
 }
 
 

@@ -857,7 +857,7 @@ def write_json(path, content):
 
 def build_demo(folder):
     """Make the offline demo's data and base model with data_prep.py."""
-    print(f"{folder} is not there yet: building the offline demo (once, about 3 minutes)")
+    print(f"{folder} is not there yet: building the offline demo (once, about 4 minutes)")
     command = [sys.executable, Path(__file__).with_name("data_prep.py"), "demo", "--out", folder]
     if subprocess.run(command).returncode:
         raise UserError(f"the demo could not be built under {folder}: the reason is printed above")
