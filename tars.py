@@ -262,6 +262,7 @@ class Qwen25Omni:
 
     @staticmethod
     def placeholders(config):
+        """Ids that stand for a clip, an image or a video in a prompt."""
         return [config.audio_token_id, config.image_token_id, config.video_token_id]
 
     @staticmethod
@@ -466,6 +467,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x):
+        """x [..., in] -> [..., out]."""
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)
         return self.linear(x) + update.to(x.dtype)  # A and B are float32 also beside bfloat16 weights
 
@@ -741,23 +743,35 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
         optimizer.step()
         optimizer.zero_grad()
 
-    # What a person reads: means over the step, and the first group in full.
-    no_spread = rewards.amax(-1) - rewards.amin(-1) < 1e-6  # [B, 2]
-    metrics = {"rep_speech": rep.mean().item(), "beh_speech": beh.mean().item(), "loss": loss, "grad_norm": grad_norm,
-               "no_spread": no_spread.all(-1).float().mean().item(),
-               "no_reference": (references[:, 0] < 0).float().mean().item()}
-    both = {"reward": rewards, "acc": acc, "fmt": fmt, "unparsed": as_group([answer is None for answer in answers]),
-            "truncated": truncated, "length": completion_mask.sum(-1), "no_spread": no_spread}
-    for name, values in both.items():
-        metrics |= {f"{name}_{m}": values[:, i].float().mean().item() for i, m in enumerate(MODALITIES)}
-    story = {key: questions[0][key] for key in ("key", "question", "options", "answer_index")}
+    metrics = step_means({"reward": rewards, "acc": acc, "fmt": fmt, "truncated": truncated,
+                          "unparsed": as_group([answer is None for answer in answers]),
+                          "length": completion_mask.sum(-1)}, rep, beh, references)
     terms = {"acc": acc, "fmt": fmt, "reward": rewards, "advantage": advantages}
+    story = first_group(questions[0], completions, terms, rep, beh, references)
+    return metrics | {"loss": loss, "grad_norm": grad_norm}, story
+
+
+def step_means(terms, rep, beh, references):
+    """Means over the step for the log: each of `terms` [B, 2, G/2] per modality, rep and beh [B, G/2] of speech."""
+    no_spread = terms["reward"].amax(-1, keepdim=True) - terms["reward"].amin(-1, keepdim=True) < 1e-6  # [B, 2, 1]
+    means = {"rep_speech": rep.mean().item(), "beh_speech": beh.mean().item(),
+             "no_spread": no_spread.all(1).float().mean().item(),
+             "no_reference": (references[:, 0] < 0).float().mean().item()}
+    for name, values in (terms | {"no_spread": no_spread}).items():
+        means |= {f"{name}_{m}": values[:, i].float().mean().item() for i, m in enumerate(MODALITIES)}
+    return means
+
+
+def first_group(question, completions, terms, rep, beh, references):
+    """The first group of a step in full, for a person: each answer with its `terms` [B, 2, G/2], speech with more."""
+    half = rep.shape[-1]
+    story = {key: question[key] for key in ("key", "question", "options", "answer_index")}
     for i, m in enumerate(MODALITIES):
         story[m] = [{"completion": completions[i * half + s]} | {name: x[0, i, s].item() for name, x in terms.items()}
                     for s in range(half)]
     for s, answer in enumerate(story["speech"]):
         answer |= {"rep": rep[0, s].item(), "beh": beh[0, s].item(), "reference": references[0, s].item()}
-    return metrics, story
+    return story
 
 
 def evaluate(lm, questions, cfg):

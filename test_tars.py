@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3Model, WhisperFeatureExtractor
 
@@ -27,7 +26,6 @@ from tars import (
     Config,
     LoRALinear,
     NGramEmbedder,
-    Prompts,
     Qwen25Omni,
     SentenceEmbedder,
     SpeechLM,
