@@ -43,7 +43,9 @@ from tars import (
     SpeechLM,
     UserError,
     evaluate,
+    extract_answers,
     read_clip,
+    wav_bytes,
     write_json,
     written_question,
 )
@@ -124,15 +126,6 @@ def speak(text, rng):
     level = np.sqrt(np.mean(wave_**2))
     wave_ = wave_ + level * 10 ** (-snr / 20) * rng.standard_normal(len(wave_))
     return (wave_ / np.abs(wave_).max() * 0.9 * 10 ** (gain / 20)).astype(np.float32), ends
-
-
-def wav_bytes(waveform):
-    """Float waveform [T] -> 16-bit mono WAV file as bytes."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as clip:
-        clip.setnchannels(1), clip.setsampwidth(2), clip.setframerate(SAMPLE_RATE)
-        clip.writeframes((waveform * 32767).astype("<i2").tobytes())
-    return buffer.getvalue()
 
 
 # ======================================================================================================================
@@ -309,7 +302,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.1 if step > steps // 3 else 1)
         descend(loss, optimizer)
         if step >= steps // 6 and step % 10 == 0:
-            accuracy = evaluate(lm, val, Config(max_new_tokens=26, eval_batch=64))["speech"]
+            accuracy = evaluate(lm, val, extract_answers, Config(max_new_tokens=26, eval_batch=64))["speech"]
             if accuracy >= stop_at:
                 break
         bar.set_postfix_str(f"loss {loss.item():.2f}, speech accuracy {100 * accuracy:.0f} %")

@@ -67,6 +67,7 @@ import wave
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -78,16 +79,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2_5OmniThinkerForConditionalGeneration,
     WhisperFeatureExtractor,
 )
+from transformers.utils import cached_file
 
 # Letters for shapes, here and in every comment below:
 #   B questions, G samples of a question (G/2 per modality), N rows of any kind, P prompt and C completion tokens,
@@ -133,6 +140,8 @@ class Config:
     lam: float = setting(0.5, "lambda, weight of R_fmt", "Eq. (3)")
     layers: str = setting("all", "layers in R_rep, `all` or a range counted from 1 such as 11-20", "Eq. (5), Figure 3")
     embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a sentence-embedding model, or `ngrams`", "Eq. (6)")
+    extractor: str = setting("regex", "who reads an answer's letter", "the paper: IAAR-Shanghai/xFinder-qwen1505")
+    aux_device: str = setting("", "device of embedder and extractor, such as cpu; empty: the model's own")
     joint_norm: bool = setting(False, "one mean over both modalities instead of one for each", "ablation of Eq. (7)")
     # loss and optimizer
     eps_low: float = setting(0.2, "the ratio is clipped below 1 - eps_low", "Table 5")
@@ -152,6 +161,9 @@ class Config:
     eval_batch: int = setting(8, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
     sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
+    # a rehearsal without a download
+    random_weights: bool = setting(False, "two steps of --model with random weights on noise: does a run fit the GPU?")
+    audio_seconds: float = setting(60.0, "length of that noise, in seconds", "the paper's clips: 73 s on average")
 
 
 def parse_config(arguments, build_demo):
@@ -240,25 +252,40 @@ def read_clip(data, key="clip"):
     return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
 
 
+def wav_bytes(waveform):
+    """Waveform [T] in -1..1, 16 kHz -> 16-bit mono WAV file as bytes."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as clip:
+        clip.setnchannels(1), clip.setsampwidth(2), clip.setframerate(SAMPLE_RATE)
+        clip.writeframes((np.asarray(waveform) * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
+
+
 # ======================================================================================================================
 # 3. SpeechLM: encoder -> projector -> LLM
 # ======================================================================================================================
 class Qwen25Omni:
     """Front end of Qwen2.5-Omni: all that differs between model families.
 
-    A new family needs one such class: its `model_types` in config.json, `load` (a transformers model with
-    get_decoder(), get_input_embeddings() and lm_head), `load_extractor`, the pieces of text around the user's turn and
-    around a clip, the tokens that end a turn (the last one also pads), `placeholders` (ids that stand for audio or
-    images in a prompt, never to be sampled) and `encode`, from a waveform to the projector's output.
+    A new family needs one such class: its `repository` on the hub and the `revision` to take, its `model_types` in
+    config.json, its model and feature extractor classes (`model_class` with get_decoder(), get_input_embeddings() and
+    lm_head) with the settings that --random-weights gives them, the names of the audio and the vision part among the
+    model's modules, the pieces of text around the user's turn and around a clip, the tokens that end a turn (the last
+    one also pads), `load`, `placeholders` (ids that stand for audio or images in a prompt, never to be sampled) and
+    `encode`, from a waveform to the projector's output.
     """
 
+    repository, revision = "Qwen/Qwen2.5-Omni-7B", "main"
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+    model_class = Qwen2_5OmniThinkerForConditionalGeneration
+    extractor_class, extractor_defaults = WhisperFeatureExtractor, {"feature_size": 128, "chunk_length": 300}
+    config_defaults = {"vision_config": {"hidden_size": 1280}}  # where transformers' default is not the repository's
+    audio_part, vision_part = "audio_tower", "visual"
     before_user = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
     after_user = "<|im_end|>\n<|im_start|>assistant\n"
     before_audio, after_audio = "<|audio_bos|>", "<|audio_eos|>"
     end_of_turn = ("<|im_end|>", "<|endoftext|>")
-    load = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained  # of a full checkpoint, the thinker alone
-    load_extractor = WhisperFeatureExtractor.from_pretrained
+    load = model_class.from_pretrained  # of a full checkpoint (thinker, talker, token2wav) the thinker alone
 
     @staticmethod
     def placeholders(config):
@@ -275,7 +302,59 @@ class Qwen25Omni:
         return model.get_audio_features(mel, mask, return_dict=True).last_hidden_state
 
 
-FAMILIES = (Qwen25Omni,)
+class Phi4Multimodal:
+    """Front end of Phi-4-multimodal. The hub's main branch is remote code; transformers' own class reads refs/pr/70."""
+
+    repository, revision = "microsoft/Phi-4-multimodal-instruct", "refs/pr/70"
+    model_types = ("phi4_multimodal", "phi4mm")  # the latter on the main branch
+    model_class = Phi4MultimodalForCausalLM
+    extractor_class, extractor_defaults = Phi4MultimodalFeatureExtractor, {}
+    config_defaults = {"tie_word_embeddings": True, "num_attention_heads": 24}
+    audio_part, vision_part = "audio_embed", "image_embed"
+    before_user, after_user = f"<|system|>{SYSTEM_PROMPT}<|end|><|user|>", "<|end|><|assistant|>"
+    before_audio = after_audio = ""
+    end_of_turn = ("<|end|>", "<|endoftext|>")
+
+    @staticmethod
+    def load(path, revision, **options):
+        """The model with its own speech-lora merged: W += (alpha / r) B A. Without it, it does not understand speech."""
+        model = Phi4MultimodalForCausalLM.from_pretrained(path, revision=revision, **options)
+        fetch = lambda name: cached_file(path, f"speech-lora/{name}", revision=revision)
+        settings = json.loads(Path(fetch("adapter_config.json")).read_text())
+        tensors = load_file(fetch("adapter_model.safetensors"))
+        for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+            layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            A, B = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()  # [r, in], [out, r]
+            layer.weight.data += (settings["lora_alpha"] / settings["r"] * B @ A).to(layer.weight.dtype)
+        return model
+
+    @staticmethod
+    def placeholders(config):
+        """Ids that stand for a clip or an image in a prompt."""
+        return [config.audio_config.audio_token_id, config.vision_config.image_token_id]
+
+    @staticmethod
+    def encode(model, extractor, waveform):
+        """One clip [T] -> audio embeddings [12.5 per second, H]."""
+        features = extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        audio, n = model.get_decoder().embed_tokens_extend.audio_embed, int(features.audio_embed_sizes)
+        # Its own forward writes the embeddings over placeholder tokens: let it write over nothing else.
+        ids = torch.full((1, n), model.config.audio_config.audio_token_id, device=model.device)
+        blank = torch.zeros(1, n, model.config.hidden_size, device=model.device, dtype=model.dtype)
+        return audio(ids, blank, features.audio_input_features, features.audio_embed_sizes)[0]
+
+
+FAMILIES = (Qwen25Omni, Phi4Multimodal)
+
+
+def front_of(path):
+    """The front end for a checkpoint, by config.json's model_type. Raises UserError naming the families it knows."""
+    family = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    for front in FAMILIES:
+        if family in front.model_types:
+            return front
+    known = ", ".join(name for front in FAMILIES for name in front.model_types)
+    raise UserError(f"{path} is of the family {family}; known are {known}")
 
 
 class Prompts(NamedTuple):
@@ -287,6 +366,30 @@ class Prompts(NamedTuple):
     def rows(self, index=slice(None)):
         """The prompts of some questions, one row each: [len(index) * 2, P, H]."""
         return Prompts(self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1))
+
+
+def precision():
+    """Weights are bfloat16 on a GPU and float32 on the CPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def to_device(model, front):
+    """Move a model to the GPU if there is one, all but its vision part, which no question needs."""
+    if torch.cuda.is_available():
+        model.to("cuda")
+        next(m for name, m in model.named_modules() if name.split(".")[-1] == front.vision_part).to("cpu")
+    return model
+
+
+def byte_tokenizer(front):
+    """A stand-in tokenizer for random weights: one token a byte, and the control tokens of the family's template."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = front.before_user + front.before_audio + front.after_audio + front.after_user + "".join(front.end_of_turn)
+    control = sorted(set(re.findall(r"<\|\w+\|>", template)))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def positions(mask):
@@ -302,28 +405,54 @@ class SpeechLM:
         self.model = model.eval().requires_grad_(False)
         self.decoder, self.embed_tokens = model.get_decoder(), model.get_input_embeddings()
         self.device = model.device
-        self.eos_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(front.end_of_turn)), device=self.device)
+        *_, self.pad_id = eos_ids = tokenizer.convert_tokens_to_ids(list(front.end_of_turn))
+        self.eos_ids = torch.tensor(eos_ids, device=self.device)
         self.placeholder_ids = torch.tensor(front.placeholders(model.config), device=self.device)
 
     @classmethod
     def from_pretrained(cls, path):
         """A checkpoint directory or hub name -> SpeechLM; bfloat16 on a GPU, float32 on the CPU.
 
-        Raises UserError if there is no checkpoint at `path` or its family is unknown.
+        Raises UserError if there is no checkpoint at `path`, a part of it is missing or its family is unknown.
         """
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         try:
-            family = AutoConfig.from_pretrained(path).model_type
-            front = next((f for f in FAMILIES if family in f.model_types), None)
-            if front is None:
-                known = ", ".join(name for f in FAMILIES for name in f.model_types)
-                raise UserError(f"{path} is of the family {family}; known are {known}")
-            model = front.load(path, dtype=dtype, attn_implementation="sdpa").to(device)
-            tokenizer, extractor = AutoTokenizer.from_pretrained(path), front.load_extractor(path)
+            front = front_of(path)
+            model = front.load(path, revision=front.revision, dtype=precision(), attn_implementation="sdpa")
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=front.revision)
+            extractor = front.extractor_class.from_pretrained(path, revision=front.revision)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is no usable checkpoint, here or on the hub: {reason}") from error
-        return cls(front, model, tokenizer, extractor)
+        return cls(front, to_device(model, front), tokenizer, extractor)
+
+    @classmethod
+    def with_random_weights(cls, path):
+        """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
+
+        `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
+        Answers never end by themselves. Raises UserError for another name.
+        """
+        front = front_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
+        if front is None:
+            names = " or ".join(f.repository for f in FAMILIES)
+            raise UserError(f"--random-weights --model {path}: give {names}, or a directory with a config.json")
+        config_class = front.model_class.config_class
+        config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**front.config_defaults)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = front.model_class._from_config(config, dtype=precision(), attn_implementation="sdpa")
+        extractor = front.extractor_class(**front.extractor_defaults)
+        lm = cls(front, to_device(model, front), byte_tokenizer(front), extractor)
+        lm.eos_ids = lm.eos_ids[:0]
+        return lm
+
+    def part(self, name):
+        """Which part of the speech LLM the parameter `name` belongs to."""
+        modules = name.split(".")
+        if self.front.vision_part in modules:
+            return "vision (unused, kept on the CPU)"
+        if self.front.audio_part in modules:
+            return "audio encoder and projector"
+        return "lm_head" if "lm_head" in modules else "LLM"
 
     @torch.no_grad()
     def embed(self, questions):
@@ -362,7 +491,6 @@ class SpeechLM:
         prompts: [B, 2, P, H]. Returns completion_ids and completion_mask [B, 2, repeats, C] (the mask runs through
         the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated [B, 2, repeats].
         """
-        self.decoder.eval()
         embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * 2
         cache = DynamicCache(config=self.decoder.config)
         hidden = self._decode(embeds, mask, positions(mask), cache)[:, -1]  # [N, H]
@@ -376,7 +504,7 @@ class SpeechLM:
             logits = self.logits(hidden, temperature)  # [N, V]
             sample = lambda: torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
             token = sample() if temperature else logits.argmax(-1)  # [N]
-            ids.append(token.masked_fill(finished, self.eos_ids[-1]))
+            ids.append(token.masked_fill(finished, self.pad_id))
             alive.append(~finished)
             finished = finished | torch.isin(token, self.eos_ids)
             if finished.all():
@@ -402,7 +530,6 @@ class SpeechLM:
             positions    0 1 2 ... p-1   | p p+1 p+2 ...   | p p+1 p+2 ...   | ...
             sees         prompt so far   | prompt, itself  | prompt, itself  | ...   never a sibling
         """
-        self.decoder.train()  # there is no dropout; this only lets gradient checkpointing do its work
         (N, half, C), P = completion_ids.shape, prompts.mask.shape[1]
         embeds = torch.cat([prompts.embeds, self.embed_tokens(completion_ids.flatten(1))], dim=1)  # [N, T, H]
         present = torch.cat([prompts.mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T] with T = P + G/2 * C
@@ -447,6 +574,11 @@ class SpeechLM:
             for hook in hooks:
                 hook.remove()
 
+    def checkpoint_layers(self):
+        """Gradient checkpointing: keep only each layer's input, and run the layer once more in backward."""
+        for layer in self.decoder.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
     def decode(self, completion_ids, completion_mask):
         """Completions [..., C] -> list of strings in row order, without the end of turn."""
         rows = zip(completion_ids.flatten(0, -2).tolist(), completion_mask.flatten(0, -2).sum(-1).tolist())
@@ -473,8 +605,11 @@ class LoRALinear(nn.Module):
 
 
 def attach_lora(lm, rank, alpha):
-    """Wrap every linear layer of the LLM. Returns the trainable parameters."""
-    for parent in list(lm.decoder.modules()):
+    """Wrap every linear layer of the LLM. Returns the trainable parameters.
+
+    Only under `layers`: Phi's decoder also holds the audio encoder, and Qwen's audio encoder has a q_proj too.
+    """
+    for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, LoRALinear(child, rank, alpha))
@@ -614,10 +749,11 @@ class NGramEmbedder:
 class SentenceEmbedder:
     """E of the paper: Qwen3-Embedding. Last-token pooling, left padding, documents take no instruction."""
 
-    def __init__(self, name):
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    def __init__(self, name, device):
         self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        self.model = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+        self.model = AutoModel.from_pretrained(name, dtype=precision()).to(device).eval()
+        if self.tokenizer("").input_ids != [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]:
+            raise ValueError("its tokenizer does not end a text with <|endoftext|>, where the embedding is read")
 
     @torch.no_grad()
     def embed(self, texts):
@@ -627,14 +763,54 @@ class SentenceEmbedder:
         return F.normalize(hidden[:, -1].float(), dim=-1)
 
 
-def load_embedder(name):
-    """E of Eq. (6) by name. Raises UserError if it cannot be loaded."""
-    if name == "ngrams":
-        return NGramEmbedder()
-    try:
-        return SentenceEmbedder(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--embedder {name} is no model, here or on the hub; `ngrams` needs none") from error
+class XFinder:
+    """The paper's answer extractor, xFinder-qwen1505: a small LLM that reads which option an output settles on."""
+
+    prompt = (
+        "<|System|>:You are a help assistant tasked with extracting the precise key answer from given output sentences."
+        '\n<|User|>:Question: """{question}"""\n\nOutput sentences: """{output}"""\n\nAnswer range: {options}\n\n'
+        "Key extracted answer: \n<|Bot|>:"
+    )
+
+    def __init__(self, name, device):
+        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=precision()).to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, questions, completions):
+        """Questions and as many completions -> letters, None where what it says is no option."""
+        prompts = [self.prompt.format(question=q["question"], output=completion,
+                                      options=json.dumps([list(pair) for pair in zip(LETTERS, q["options"])]))
+                   for q, completion in zip(questions, completions)]
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
+        output = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs.input_ids.shape[1] :]
+        said = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return [self.letter(text, q["options"]) for text, q in zip(said, questions)]
+
+    @staticmethod
+    def letter(said, options):
+        """What the extractor says -> the one letter it names or whose option it repeats, else None."""
+        plain = lambda text: text.strip().removesuffix(".").lower()
+        letters = [letter for letter, option in zip(LETTERS, options) if plain(said) in (letter.lower(), plain(option))]
+        return letters[0] if len(letters) == 1 else None
+
+
+def extract_answers(questions, completions):
+    """The default extractor, the regular expressions of extract_answer: letters, None where there is none."""
+    return [extract_answer(completion, question["options"]) for question, completion in zip(questions, completions)]
+
+
+def load_helpers(cfg, device):
+    """E of Eq. (6) and the answer extractor, by their names in cfg. Raises UserError if one cannot be loaded."""
+    device, helpers = cfg.aux_device or device, []
+    for flag, name, offline, kind in (("embedder", cfg.embedder, {"ngrams": NGramEmbedder()}, SentenceEmbedder),
+                                      ("extractor", cfg.extractor, {"regex": extract_answers}, XFinder)):
+        try:
+            helpers.append(offline[name] if name in offline else kind(name, device))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--{flag} {name} is no usable model, here or on the hub ({str(error).splitlines()[0]}); "
+                            f"`{next(iter(offline))}` needs none") from error
+    return helpers
 
 
 # ======================================================================================================================
@@ -685,27 +861,44 @@ def layer_slice(layers, count):
     return slice(int(match[1]) - 1, int(match[2]))
 
 
-def train_step(lm, questions, embedder, optimizer, cfg, generator):
+class Clock:
+    """Where a step's time goes: each call gives the seconds since the last one to the phase that just ended."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def __call__(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+
+def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     """One step of TARS on B questions. Returns the numbers to log and the first group's story for a person to read.
 
     Every tensor of the step is laid out [B, 2, G/2, ...]: question, modality (0 speech, 1 text), sample.
     """
     B, half = len(questions), cfg.group_size // 2
     parameters = optimizer.param_groups[0]["params"]
+    clock = Clock(lm.device)
 
     # 1. Embed both prompts of every question. Encoder and projector are frozen: once serves roll-out and update.
     prompts = lm.embed(questions)  # [B, 2, P, H]
+    clock("embed")
 
     # 2. Roll out: the model answers each question G/2 times from speech and G/2 times from text.
     rollout = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
     completion_ids, completion_mask, truncated = rollout  # [B, 2, G/2, C] twice, [B, 2, G/2]
     loss_mask = completion_mask * ~truncated[..., None]  # [B, 2, G/2, C]; a cut answer teaches nothing
     n_tokens = loss_mask.sum()
+    clock("rollout")
 
     # 3. Score the texts: Eq. (3), the references, Eq. (6).
     completions = lm.decode(completion_ids, completion_mask)  # B * 2 * G/2 strings
     asked = [question for question in questions for _ in range(2 * half)]  # the question of each string
-    answers = [extract_answer(completion, question["options"]) for completion, question in zip(completions, asked)]
+    answers = extract(asked, completions)  # "A".."D" or None each
     as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(B, 2, half)
     acc = as_group([answer == LETTERS[question["answer_index"]] for answer, question in zip(answers, asked)])
     fmt = as_group([format_reward(completion) for completion in completions])
@@ -713,6 +906,7 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
     references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
     sentences = embedder.embed(completions).to(lm.device).view(B, 2, half, -1)  # [B, 2, G/2, D]
     beh = against_references(behavior_reward, sentences, references)  # [B, G/2]
+    clock("rewards")
 
     rep, rewards, advantages = torch.zeros_like(beh), base.clone(), torch.zeros_like(base)
     old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
@@ -722,6 +916,7 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
             # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
             ids, mask = completion_ids[group].flatten(0, 1), completion_mask[group].flatten(0, 1)  # [b * 2, G/2, C]
             logps, states = lm.forward(prompts.rows(group), ids, mask, cfg.temperature)
+            clock("forward")
             if update == 0:
                 # 5. Rewards: Eq. (5), and Eq. (2) for speech only. Written answers keep R_base.
                 states = states.unflatten(0, (-1, 2)).float()  # [b, 2, G/2, L, H]
@@ -732,23 +927,27 @@ def train_step(lm, questions, embedder, optimizer, cfg, generator):
                 advantages[group] = modality_advantages(rewards[group], cfg.joint_norm)
                 # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
                 old_logps[group] = logps.detach().view_as(old_logps[group])
+                clock("rewards")
             # 7. Loss, normalised by the tokens of the whole step, and its gradient.
             rows = lambda x: x[group].flatten(0, 2)  # [b, 2, G/2, ...] -> [N, ...]
             part = grpo_loss(logps.flatten(0, 1), rows(old_logps), rows(advantages), rows(loss_mask),
                              cfg.eps_low, cfg.eps_high, n_tokens)
             part.backward()
             loss += part.item()
+            clock("backward")
         # 8. Update LoRA's weights.
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad()
+        clock("optimizer")
 
     metrics = step_means({"reward": rewards, "acc": acc, "fmt": fmt, "truncated": truncated,
                           "unparsed": as_group([answer is None for answer in answers]),
                           "length": completion_mask.sum(-1)}, rep, beh, references)
     terms = {"acc": acc, "fmt": fmt, "reward": rewards, "advantage": advantages}
     story = first_group(questions[0], completions, terms, rep, beh, references)
-    return metrics | {"loss": loss, "grad_norm": grad_norm}, story
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "tokens": completion_mask.sum().item()}
+    return metrics | {f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}, story
 
 
 def step_means(terms, rep, beh, references):
@@ -774,7 +973,7 @@ def first_group(question, completions, terms, rep, beh, references):
     return story
 
 
-def evaluate(lm, questions, cfg):
+def evaluate(lm, questions, extract, cfg):
     """Greedy answers to every question, spoken and written -> {"speech": accuracy, "text": accuracy}, each 0 to 1.
 
     An output in which no option is found counts as wrong.
@@ -784,9 +983,9 @@ def evaluate(lm, questions, cfg):
         batch = [questions[i] for i in range(start, min(start + cfg.eval_batch, len(questions)))]
         ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
         completions = lm.decode(ids, mask)  # b * 2 strings
-        for i, completion in enumerate(completions):
-            question = batch[i // 2]
-            right[i % 2] += extract_answer(completion, question["options"]) == LETTERS[question["answer_index"]]
+        asked = [question for question in batch for _ in MODALITIES]
+        for i, (question, answer) in enumerate(zip(asked, extract(asked, completions))):
+            right[i % 2] += answer == LETTERS[question["answer_index"]]
     return dict(zip(MODALITIES, (right / len(questions)).tolist()))
 
 
@@ -809,15 +1008,21 @@ def data_order(count, cfg):
     return order.tolist(), steps
 
 
-def train(lm, questions, eval_questions, embedder, cfg):
-    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation."""
-    out, B = Path(cfg.out), cfg.questions_per_step
+def prepare(lm, cfg):
+    """Make a base model trainable: attach LoRA, say what is trained. Returns the optimizer and the roll-outs' generator."""
     torch.manual_seed(cfg.seed)
-    generator = torch.Generator(lm.device).manual_seed(cfg.seed)
     parameters = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
     if cfg.gradient_checkpointing:
-        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.checkpoint_layers()
+    print(parameter_table(lm))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed)
+
+
+def train(lm, questions, eval_questions, embedder, extract, cfg):
+    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation."""
+    out, B = Path(cfg.out), cfg.questions_per_step
+    optimizer, generator = prepare(lm, cfg)
     order, steps = data_order(len(questions), cfg)
 
     with open(out / "log.jsonl", "w") as log, open(out / "samples.jsonl", "w") as samples:
@@ -826,10 +1031,10 @@ def train(lm, questions, eval_questions, embedder, cfg):
             start = time.perf_counter()
             batch = [questions[i] for i in order[(step - 1) * B : step * B]]
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
-            metrics, story = train_step(lm, batch, embedder, optimizer, cfg, generator)
+            metrics, story = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
             metrics = {"step": step, **metrics, "lr": lr, "seconds": time.perf_counter() - start}
             if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
-                accuracy = evaluate(lm, eval_questions, cfg)
+                accuracy = evaluate(lm, eval_questions, extract, cfg)
                 metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
             print(json.dumps(metrics), file=log, flush=True)
             bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
@@ -839,6 +1044,48 @@ def train(lm, questions, eval_questions, embedder, cfg):
                 tqdm.write(side_by_side(step, story))
     save_adapter(lm, out, cfg)
     return accuracy
+
+
+def rehearse(cfg):
+    """--random-weights: steps on noise, every answer of full length, to see seconds a phase and peak memory.
+
+    Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
+    """
+    lm = SpeechLM.with_random_weights(cfg.model)
+    rng = np.random.default_rng(cfg.seed)
+    # Read aloud, English is about 15 characters a second.
+    questions = [{"key": f"noise-{i}", "question": "word " * int(3 * cfg.audio_seconds), "options": list(LETTERS),
+                  "answer_index": 0, "audio": {"bytes": wav_bytes(rng.uniform(-0.5, 0.5, int(SAMPLE_RATE * cfg.audio_seconds)))}}
+                 for i in range(cfg.questions_per_step)]
+    optimizer, generator = prepare(lm, cfg)
+    for step in range(cfg.steps or 2):
+        metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
+        phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}
+        seconds = sum(phases.values())
+        if step == 0:
+            print("".join(f"{name:>11}" for name in ("step", *phases, "total s", "tokens/s", "peak GiB")))
+        print(f"{step + 1:>11}" + "".join(f"{s:>11.2f}" for s in (*phases.values(), seconds)) +
+              f"{metrics['tokens'] / seconds:>11.0f}{peak_memory(lm.device):>11.2f}", flush=True)
+
+
+def peak_memory(device):
+    """The most memory this process has held so far on `device`, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def parameter_table(lm):
+    """How many parameters each part of the speech LLM has, and how many of them are trained."""
+    counts = {}
+    for name, p in lm.model.named_parameters():
+        total, trained = counts.get(lm.part(name), (0, 0))
+        counts[lm.part(name)] = total + p.numel(), trained + p.numel() * p.requires_grad
+    counts["all"] = tuple(map(sum, zip(*counts.values())))
+    rows = [f"{part:<34}{total:>16,}{trained:>14,}" for part, (total, trained) in counts.items()]
+    return "\n".join([f"{'part':<34}{'parameters':>16}{'trainable':>14}", *rows])
 
 
 def side_by_side(step, story):
@@ -891,15 +1138,18 @@ def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
     cfg = parse_config(arguments, build_demo)
     check(cfg)
+    if cfg.random_weights:
+        return rehearse(cfg)
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
-    lm, embedder = SpeechLM.from_pretrained(cfg.model), load_embedder(cfg.embedder)
+    lm = SpeechLM.from_pretrained(cfg.model)
+    embedder, extract = load_helpers(cfg, lm.device)
     layer_slice(cfg.layers, len(lm.decoder.layers))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", asdict(cfg))
 
-    before = evaluate(lm, eval_questions, cfg)
-    after = train(lm, questions, eval_questions, embedder, cfg)
+    before = evaluate(lm, eval_questions, extract, cfg)
+    after = train(lm, questions, eval_questions, embedder, extract, cfg)
     mrr = [modality_recovery_rate(accuracy["speech"], before["text"]) for accuracy in (before, after)]
     write_json(out / "summary.json", {
         "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],
