@@ -1,22 +1,26 @@
-"""Questions in, spoken questions out: `python data_prep.py SOURCE --out DIR`. SOURCE `demo` also makes a base model.
+"""Questions in, spoken questions out: `python data_prep.py SOURCE --out DIR`.
+
+  demo              sums spoken by a formant synthesiser, and the base model that tars.py trains by default; offline
+  tars              the authors' own training set: MMLU questions with speech, ready made
+  mmlu              the same made here: cais/mmlu, spoken by facebook/mms-tts-eng, checked by Whisper
+  voicebench-mmsu   the paper's first evaluation set
+  voicebench-obqa   its second
 
 Every source writes `datasets` directories with the columns key, question, options, answer_index, prompt_for_tts and
-audio (WAV bytes); tars.py and eval.py read them with load_questions.
+audio (16 kHz mono WAV bytes), and where they are known tts_wer and category; tars.py and eval.py read them with
+load_questions. A source's rows come from the hub or, with --origin, from local files of the same layout.
 
-The demo needs no download. Its questions are spoken two-step sums, its voice a small formant synthesiser, and its base
-model a 1.2 M parameter Qwen2.5-Omni thinker made the way speech LLMs are made: first the LLM learns to reason in
-writing, then it is frozen and the audio encoder and projector learn to feed it. The second stage is cut short on
-purpose: the model that results reasons well in writing and stumbles over speech, which is what TARS is for.
-
-Imports: this file imports tars.py; nothing imports this file.
+Imports: this file imports tars.py; eval.py imports this file.
 """
 
 import argparse
-import io
+import json
 import math
+import re
 import shutil
 import sys
-import wave
+import unicodedata
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -25,16 +29,21 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchaudio
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
+    AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    VitsModel,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 from tars import (
+    COLUMNS,
     LETTERS,
     SAMPLE_RATE,
     SYSTEM_PROMPT,
@@ -52,6 +61,11 @@ from tars import (
 
 # ======================================================================================================================
 # 1. The demo's questions: two-step sums over 0..9, four options
+#
+# The demo needs no download. Its questions are spoken two-step sums, its voice a small formant synthesiser, and its
+# base model a 1.2 M parameter Qwen2.5-Omni thinker made the way speech LLMs are made: first the LLM learns to reason in
+# writing, then it is frozen and the audio encoder and projector learn to feed it. The second stage is cut short on
+# purpose: the model that results reasons well in writing and stumbles over speech, which is what TARS is for.
 # ======================================================================================================================
 DIGITS = "zero one two three four five six seven eight nine".split()
 SIGNS = {"plus": 1, "minus": -1}
@@ -301,7 +315,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
             loss = loss + answer_loss(lm, states.split(counts), [answers[i] for i in batch])
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.1 if step > steps // 3 else 1)
         descend(loss, optimizer)
-        if step >= steps // 6 and step % 10 == 0:
+        if step >= steps // 3 and step % 5 == 0:
             accuracy = evaluate(lm, val, extract_answers, Config(max_new_tokens=26, eval_batch=64))["speech"]
             if accuracy >= stop_at:
                 break
@@ -311,7 +325,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
 
 
 # ======================================================================================================================
-# 4. The demo, and the command line
+# 4. The demo as a whole
 # ======================================================================================================================
 # What tars.py should use with this model instead of the paper's settings, written beside the checkpoint.
 DEMO_SETTINGS = {
@@ -348,7 +362,7 @@ def demo(args):
 
     aside = out.with_name(out.name + ".part")  # renamed when all of it is written
     shutil.rmtree(aside, ignore_errors=True)
-    for part in ("train", "test"):
+    for part in parts:
         questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
         questions.save_to_disk(aside / part)
     for piece in (model, tokenizer, lm.extractor):
@@ -358,22 +372,365 @@ def demo(args):
     print(f"{out}: base model, {len(rows['train'])} training and {len(rows['test'])} test questions")
 
 
+# ======================================================================================================================
+# 5. Real questions: one function a source, from its row to ours
+# ======================================================================================================================
+class Lost(Exception):
+    """A row that is left out. The message is the reason; rows are counted by it."""
+
+
+def four(options):
+    """The options as a list. Raises Lost unless there are four and none is empty."""
+    options = [str(option).strip() for option in options]
+    if len(options) != 4:
+        raise Lost("other than four options")
+    if not all(options):
+        raise Lost("an empty option")
+    return options
+
+
+def checked(question, options, answer_index, prompt):
+    """The written part of a row of ours. Raises Lost where it is no question with four options and an answer."""
+    if not question.strip():
+        raise Lost("an empty question")
+    options = four(options)
+    if answer_index not in range(4):
+        raise Lost("the answer is none of the options")
+    return {"question": question.strip(), "options": options, "answer_index": answer_index, "prompt_for_tts": prompt}
+
+
+def clean_clip(audio, key, max_seconds):
+    """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost for a clip that no model could learn from."""
+    try:
+        waveform = read_clip(audio["bytes"] or Path(audio["path"] or "").read_bytes(), key)
+    except (UserError, OSError) as error:
+        raise Lost("an unreadable clip") from error
+    if not waveform.isfinite().all():
+        raise Lost("a clip with NaN samples")
+    if len(waveform) < 0.1 * SAMPLE_RATE:
+        raise Lost("a clip shorter than 0.1 s")
+    if waveform.abs().max() < 1e-3:  # 60 dB below full scale
+        raise Lost("a silent clip")
+    if len(waveform) > max_seconds * SAMPLE_RATE:
+        raise Lost(f"a clip longer than {max_seconds:g} s")
+    return waveform
+
+
+def from_tars(index, row, args):
+    """A row of the authors' training set: the columns are ours already, the clip is theirs."""
+    ours = checked(row["question"], row["options"], row["answer_index"], row["prompt_for_tts"])
+    extra = {"tts_wer": float(row["tts_wer"])} if row.get("tts_wer") is not None else {}
+    return ours | extra | {"audio": clean_clip(row["audio"], row["key"], args.max_seconds)}
+
+
+INSTRUCTION = r"\n\s*\n|\nWhat is the answer to the above multiple choice question"  # a paragraph of its own
+
+
+def parse_prompt(prompt):
+    """A VoiceBench prompt -> question and options. All of them may wrap over lines.
+
+    Raises Lost where the lines that open an option are not A, B, C and D in this order: nothing is ever cut silently.
+    """
+    openings = list(re.finditer(r"^[ \t]*([A-Z])\.[ \t]+", prompt, re.MULTILINE))
+    letters = "".join(opening[1] for opening in openings)
+    if letters != LETTERS:
+        raise Lost("other than four options" if letters in ("AB", "ABC", "ABCDE", "ABCDEF") else "options not recognised")
+    ends = [opening.start() for opening in openings[1:]] + [len(prompt)]
+    options = [prompt[opening.end() : end] for opening, end in zip(openings, ends)]
+    options[3], *instruction = re.split(INSTRUCTION, options[3], maxsplit=1)
+    if not instruction and "\n" in options[3].strip():
+        raise Lost("no telling where option D ends")
+    flat = lambda text: " ".join(text.split())
+    return flat(prompt[: openings[0].start()]), [flat(option) for option in options]
+
+
+def from_voicebench(index, row, args):
+    """A row of VoiceBench's mmsu or openbookqa: question and options stand in the prompt, the answer is a letter."""
+    question, options = parse_prompt(row["prompt"])
+    letter = row["reference"].strip()
+    ours = checked(question, options, LETTERS.index(letter) if letter in tuple(LETTERS) else -1, row["prompt"])
+    extra = {"category": row["category"]} if "category" in row else {}
+    return ours | extra | {"audio": clean_clip(row["audio"], f"row {index}", args.max_seconds)}
+
+
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+
+
+def without_blanks(question):
+    """A question as one says it: `____` at the end becomes "what?", one blank "what", several "first blank", ..."""
+    question = re.sub(r"\s*_{2,}\.$", " what?", question)
+    blanks = len(re.findall(r"_{2,}", question))
+    names = iter(["what"] if blanks == 1 else [f"{ordinal} blank" for ordinal in ORDINALS] + ["blank"] * blanks)
+    return re.sub(r"\s*_{2,}\s*", lambda _: f" {next(names)} ", question).strip()
+
+
+def from_mmlu(index, row, args):
+    """A row of cais/mmlu, spoken here: several tries, the first that Whisper understands to within 10 % is kept."""
+    ours = checked(row["question"], row["choices"], row["answer"], "")
+    ours["prompt_for_tts"] = written_question(ours | {"question": without_blanks(ours["question"])})
+    if len(ours["prompt_for_tts"]) > 2000:
+        raise Lost("longer than 2000 characters")
+    for attempt in range(args.tries):
+        waveform = args.voice.speak(ours["prompt_for_tts"], seed=(args.seed, index, attempt))
+        wer = reading_error(ours["prompt_for_tts"], args.listener.transcribe(waveform))
+        if wer < 0.1:
+            audio = clean_clip({"bytes": wav_bytes(waveform)}, f"mmlu-{index}", args.max_seconds)
+            return ours | {"tts_wer": wer, "category": row["subject"], "audio": audio}
+    raise Lost(f"not understood by Whisper in {args.tries} tries")
+
+
+# ======================================================================================================================
+# 6. Speaking and listening with models
+# ======================================================================================================================
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen").split()
+TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+SYMBOLS = {"%": "percent", "&": "and", "@": "at", "*": "times", "/": "over", "+": "plus", "=": "equals", "^": "to the power of",
+           "<": "is less than", ">": "is greater than", "$": "dollar", "\N{MULTIPLICATION SIGN}": "times",
+           "\N{DIVISION SIGN}": "divided by", "\N{DEGREE SIGN}": "degrees", "#": "number"}
+
+
+def number_words(n):
+    """A whole number below 10^15 in words: 342 -> three hundred forty two."""
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10] + (f" {ONES[n % 10]}" if n % 10 else "")
+    size, name = next((size, name) for size, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"),
+                                                      (1000, "thousand"), (100, "hundred")) if n >= size)
+    return f"{number_words(n // size)} {name}" + (f" {number_words(n % size)}" if n % size else "")
+
+
+def spell_out(text):
+    """Text -> lower-case words of a-z and apostrophes: numbers and symbols as one says them, line ends as ". ".
+
+    A symbol without a word of its own is called by its Unicode name: a Greek letter "alpha", a root "square root".
+    """
+    def number(match):
+        whole, _, fraction = match[0].replace(",", "").partition(".")
+        digits = lambda digits: " ".join(ONES[int(d)] for d in digits)
+        whole = digits(whole) if len(whole) > 15 else number_words(int(whole))
+        return f" {whole} " + (f"point {digits(fraction)} " if fraction else "")
+
+    def symbol(c):
+        if c in SYMBOLS:
+            return f" {SYMBOLS[c]} "
+        if c.isascii() and (c.isalpha() or c in "'. "):
+            return c
+        if unicodedata.category(c)[0] in "LS":  # letters and symbols; the rest is punctuation, which is not spoken
+            name = unicodedata.name(c, "").lower()
+            return f" {re.sub(r'^.* (letter|sign) (?=.)|^(greek|latin) small letter | (sign|symbol)$', '', name)} "
+        return " "
+
+    text = re.sub(r"\s*\n\s*", ". ", text.strip()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    text = re.sub(r"(?<![\w.])[-\N{MINUS SIGN}](?=\d)", " minus ", text)
+    text = re.sub(r"\d+(?:,\d{3})*(?:\.\d+)?", number, unicodedata.normalize("NFKC", text))
+    return re.sub(r"\s+(?=\.)", "", " ".join("".join(map(symbol, text)).lower().split()))
+
+
+CONTRACTIONS = {"won't": "will not", "can't": "can not", "let's": "let us", "n't": " not", "'re": " are", "'ll": " will",
+                "'ve": " have", "'m": " am", "'d": " would"}
+
+
+def spoken_words(text):
+    """The words of a text as WER counts them: spelled out, contractions expanded, no punctuation, lower case."""
+    text = spell_out(text)
+    text = re.sub(r"\b(it|he|she|that|there|what|who|where|how|here)'s\b", r"\1 is", text)
+    for short, long in CONTRACTIONS.items():
+        text = re.sub(rf"{short}\b", long, text)
+    return re.sub(r"[^a-z ]", "", text).split()
+
+
+def word_error_rate(reference, hypothesis):
+    """Insertions, deletions and substitutions that turn one text into the other, per word of the reference."""
+    words = spoken_words(reference)
+    return torchaudio.functional.edit_distance(words, spoken_words(hypothesis)) / max(1, len(words))
+
+
+def reading_error(prompt, transcript):
+    """The paper's filter: the word error rate, or 1 for a reading that never came to "option d"."""
+    return word_error_rate(prompt, transcript) if "option d" in " ".join(spoken_words(transcript)) else 1.0
+
+
+class Voice:
+    """Text to speech with a VITS model such as facebook/mms-tts-eng."""
+
+    def __init__(self, name, device):
+        self.tokenizer, self.model = AutoTokenizer.from_pretrained(name), VitsModel.from_pretrained(name).to(device).eval()
+
+    @torch.no_grad()
+    def speak(self, text, seed):
+        """Text -> waveform [T] at 16 kHz. `seed` (a tuple) draws noise and speaking rate: each reading is another."""
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(int(rng.integers(2**31)))
+        self.model.speaking_rate, self.model.noise_scale = rng.uniform(0.85, 1.1), rng.uniform(0.4, 0.8)
+        inputs = self.tokenizer(spell_out(text), return_tensors="pt").to(self.model.device)
+        waveform = self.model(**inputs).waveform[0].float().cpu()  # [T]
+        waveform = torchaudio.functional.resample(waveform, self.model.config.sampling_rate, SAMPLE_RATE)
+        return waveform / waveform.abs().max().clamp(min=1.0)
+
+
+class Listener:
+    """Speech to text with Whisper."""
+
+    def __init__(self, name, device):
+        self.extractor, self.tokenizer = WhisperFeatureExtractor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        self.model = WhisperForConditionalGeneration.from_pretrained(name).to(device).eval()
+
+    @torch.no_grad()
+    def transcribe(self, waveform):
+        """Waveform [T] at 16 kHz, of any length -> text."""
+        # Whisper hears windows of 30 s: a shorter clip is padded to one, a longer one is heard window by window.
+        long = len(waveform) > self.extractor.n_samples
+        features = self.extractor(np.asarray(waveform), sampling_rate=SAMPLE_RATE, return_tensors="pt", truncation=not long,
+                                  padding="longest" if long else "max_length", return_attention_mask=True)
+        ids = self.model.generate(**features.to(self.model.device), return_timestamps=long)
+        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+# ======================================================================================================================
+# 7. From a source to a data set, resumably
+# ======================================================================================================================
+class Source:
+    """Where a source's rows are, which columns it must have, and the function that makes ours of one."""
+
+    def __init__(self, origin, config, split, columns, make_row):
+        self.origin, self.config, self.split, self.columns, self.make_row = origin, config, split, set(columns), make_row
+
+
+SOURCES = {
+    "tars": Source("yuantuo666/MMLU_FULL-full_train_hf_format.merged.v1", None, "train", COLUMNS, from_tars),
+    "mmlu": Source("cais/mmlu", "all", "auxiliary_train", ("question", "subject", "choices", "answer"), from_mmlu),
+    "voicebench-mmsu": Source("hlt-lab/voicebench", "mmsu", None, ("audio", "prompt", "reference"), from_voicebench),
+    "voicebench-obqa": Source("hlt-lab/voicebench", "openbookqa", "test", ("audio", "prompt", "reference"), from_voicebench),
+}
+
+
+def open_source(source, origin):
+    """A source's rows as one Dataset, clips undecoded: from the hub, a save_to_disk directory, or parquet/arrow files.
+
+    Raises UserError if there is nothing at `origin` or a column is missing.
+    """
+    place = Path(origin)
+    try:
+        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(origin)
+        elif place.exists():
+            files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".parquet", ".arrow"))
+            # Of a copy of a whole repository, only this source's configuration.
+            files = [p for p in files if source.config in p.parts] or files
+            if not files:
+                raise UserError(f"{origin} holds no parquet or arrow file and no datasets directory")
+            kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
+            rows = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train")
+        else:
+            rows = datasets.load_dataset(origin, source.config, split=source.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"{origin} cannot be read, here or on the hub: {str(error).splitlines()[0]}") from error
+    if isinstance(rows, dict):  # several splits, such as one a subject
+        rows = datasets.concatenate_datasets([rows[source.split]] if source.split in rows else list(rows.values()))
+    if missing := source.columns - set(rows.column_names):
+        raise UserError(f"{origin} lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}")
+    return rows.cast_column("audio", datasets.Audio(decode=False)) if "audio" in rows.column_names else rows
+
+
+def resume(file, begun):
+    """The rows that an interrupted run has done, from its rows.jsonl, whose first line says how it was begun."""
+    if not file.exists():
+        file.write_text(json.dumps(begun) + "\n")
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a line cut by a crash is done again
+    file.write_text(whole)
+    first, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
+    if first != begun:
+        raise UserError(f"{file.parent} was begun with other settings: finish it with those, or remove it")
+    return lines
+
+
+def convert(name, args):
+    """Make the data set `args.out` of source `name`. A run that was stopped continues where it was: no clip twice."""
+    source, out = SOURCES[name], Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} is there already: remove it to make it anew, or give another --out")
+    rows = open_source(source, args.origin or source.origin)
+    count = min(len(rows), args.limit or len(rows))
+    part = out.with_name(out.name + ".part")  # what is done so far
+    part.mkdir(parents=True, exist_ok=True)
+    settings = ("origin", "limit", "max_seconds", "seed", "tries", "tts", "asr")
+    done = resume(part / "rows.jsonl", {"source": name} | {key: getattr(args, key, None) for key in settings})
+    if name == "mmlu" and len(done) < count:
+        args.voice, args.listener = load_speech_models(args)
+    with open(part / "rows.jsonl", "a") as progress:
+        for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
+            key = str(rows[i].get("key") or f"{name}-{i}")
+            try:
+                row = {"key": key} | source.make_row(i, rows[i], args)
+                waveform = row.pop("audio")
+                (part / f"{i}.wav").write_bytes(wav_bytes(waveform.clamp(-1, 1)))
+                line = {"row": row, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
+            except Lost as loss:
+                line = {"lost": str(loss), "key": key}
+                tqdm.write(f"{key} is left out: {loss}")
+            done.append(line)
+            print(json.dumps(line), file=progress, flush=True)
+    kept = [line for line in done if "row" in line]
+    if not kept:
+        raise UserError(f"no row of {args.origin or source.origin} is left: " + "; ".join({line["lost"] for line in done}))
+    read = lambda lines: ({**line["row"], "audio": {"bytes": (part / line["clip"]).read_bytes(), "path": None}} for line in lines)
+    questions = datasets.Dataset.from_generator(read, gen_kwargs={"lines": kept}, cache_dir=str(part / "cache"))
+    questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
+    (part / "data").rename(out)
+    shutil.rmtree(part)
+    print(f"\n{'rows in':<44}{count:>8}")
+    for reason, lost in Counter(line["lost"] for line in done if "lost" in line).most_common():
+        print(f"{'  left out: ' + reason:<44}{lost:>8}")
+    print(f"{'rows out':<44}{len(kept):>8}\n{'hours of audio':<44}{sum(line['seconds'] for line in kept) / 3600:>8.2f}")
+    print(f"written to {out}")
+
+
+def load_speech_models(args):
+    """The voice and the listener of `mmlu`. Raises UserError if one cannot be loaded."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return Voice(args.tts, device), Listener(args.asr, device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tts {args.tts}, --asr {args.asr}: one of them is no usable model, here or on the hub: "
+                        f"{str(error).splitlines()[0]}") from error
+
+
 def main(arguments=None):
     """Build the data set that the command line names."""
-    parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__.split("\n")[0])
-    parser.add_argument("source", choices=["demo"], help="what to build")
-    for flag, default, help in (
+    parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    of_demo = (
         ("--out", "runs/demo", "directory to write"),
         ("--seed", 0, "seed of questions, voices and base model"),
-        ("--text-steps", 600, "steps of the base model's stage 1"),
+        ("--text-steps", 750, "steps of the base model's stage 1"),
         ("--speech-steps", 600, "steps of its stage 2 at most"),
         ("--stop-at", 0.37, "speech accuracy at which stage 2 stops"),
         ("--train-clips", 2000, "spoken training questions"),
         ("--val-clips", 256, "spoken questions that decide when stage 2 stops"),
         ("--test-clips", 512, "held-out spoken questions"),
-    ):
-        parser.add_argument(flag, type=type(default), default=default, metavar="", help=f"{help} [{default}]")
-    demo(parser.parse_args(arguments))
+    )
+    of_all = (
+        ("--out", "runs/data", "directory to write"),
+        ("--origin", "", "hub name or local files to read; empty: the source's own place on the hub"),
+        ("--limit", 0, "only the first so many rows; 0 means all"),
+        ("--max-seconds", 120.0, "longer clips are left out"),
+    )
+    of_mmlu = (
+        ("--seed", 0, "seed of the voice's noise and speaking rate"),
+        ("--tries", 10, "readings of a question before it is left out"),
+        ("--tts", "facebook/mms-tts-eng", "the voice, a VITS model"),
+        ("--asr", "openai/whisper-medium", "the listener, a Whisper model"),
+    )
+    for name, flags in (("demo", of_demo), *((name, of_all + (of_mmlu if name == "mmlu" else ())) for name in SOURCES)):
+        command = commands.add_parser(name, allow_abbrev=False)
+        for flag, default, help in flags:
+            command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{help} [{default}]")
+    args = parser.parse_args(arguments)
+    demo(args) if args.source == "demo" else convert(args.source, args)
 
 
 if __name__ == "__main__":

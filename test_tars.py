@@ -9,11 +9,13 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import wave
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,9 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3Model,
+    VitsConfig,
+    VitsModel,
+    VitsTokenizer,
     WhisperFeatureExtractor,
 )
 
@@ -938,6 +943,207 @@ def test_demo_tokenizer_gives_back_the_exact_string(checkpoint):
     for text in (data_prep.worked_answer(SUMS[7], 2), Qwen25Omni.before_user, "five minus one\n\nOption A: six\nOption B: one"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+
+
+# ======================================================================================================================
+# Real data: replicas of each source's layout
+# ======================================================================================================================
+def tone(seconds, rate, channels=1):
+    """A tone of 440 Hz as WAV bytes."""
+    samples = (8000 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(int)
+    return wav(np.repeat(samples[:, None], channels, axis=1), rate)
+
+
+def replica(path, rows):
+    """Write rows as parquet; clips as the hub stores them, {"bytes", "path"}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row | ({"audio": {"bytes": row["audio"], "path": "clip.wav"}} if "audio" in row else {}) for row in rows]
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+def prepare(capsys, *arguments):
+    """Run data_prep.py here; what it printed."""
+    data_prep.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def table(printed):
+    """The final table -> {line: number}."""
+    lines = [line for line in printed.splitlines() if re.fullmatch(r".+\s[\d.]+", line)]
+    return {line.rsplit(maxsplit=1)[0].strip(): float(line.split()[-1]) for line in lines}
+
+
+def test_tars_source(tmp_path, capsys):
+    row = {"key": "k0", "question_id": "0", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "question_for_tts": "Who?",
+           "prompt_for_tts": "Who? Option A: w ...", "audio": tone(1.0, 44_100, channels=2), "tts_wer": 0.05, "tts_retries": 1}
+    replica(tmp_path / "hub" / "train.parquet", [
+        row, row | {"key": "k1", "audio": tone(1.5, 24_000)}, row | {"key": "broken", "audio": b"RIFFno"}, row | {"key": "none", "audio": b""},
+        row | {"key": "silent", "audio": wav(np.zeros((16_000, 1), int))}, row | {"key": "long", "audio": tone(2.1, 16_000)},
+        row | {"key": "short", "audio": tone(0.01, 16_000)}, row | {"key": "five", "options": list("vwxyz")},
+        row | {"key": "range", "answer_index": 4}, row | {"key": "blank", "question": " "}, row | {"key": "hole", "options": ["w", "", "y", "z"]},
+    ])
+    printed = prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 2)
+    assert table(printed) == {
+        "rows in": 11, "rows out": 2, "hours of audio": 0.0, "left out: an unreadable clip": 2, "left out: a silent clip": 1,
+        "left out: a clip longer than 2 s": 1, "left out: a clip shorter than 0.1 s": 1, "left out: other than four options": 1,
+        "left out: the answer is none of the options": 1, "left out: an empty question": 1, "left out: an empty option": 1}
+    assert "broken is left out: an unreadable clip" in printed and "silent is left out" in printed
+    data = load_questions(tmp_path / "data")
+    assert data["key"] == ["k0", "k1"] and data["tts_wer"] == [0.05, 0.05] and data["answer_index"] == [2, 2]
+    assert data[0]["options"] == ["w", "x", "y", "z"] and data[0]["prompt_for_tts"] == "Who? Option A: w ..."
+    with wave.open(io.BytesIO(data[0]["audio"]["bytes"])) as clip:
+        assert (clip.getframerate(), clip.getnchannels(), clip.getnframes()) == (16_000, 1, 16_000)
+    assert len(read_clip(data[1]["audio"]["bytes"])) == 24_000
+    assert {p.name for p in tmp_path.iterdir()} == {"hub", "data"}  # nothing half-done is left beside it
+
+
+PROMPT = """Which gas do plants
+take in?
+A. oxygen
+B. carbon
+ dioxide
+C. helium
+D. neon, a noble
+gas
+
+What is the answer to the above multiple choice question? Select one of the following: A, B, C, or D."""
+
+
+def test_voicebench_sources_parse_wrapped_prompts_and_report_the_rest(tmp_path, capsys):
+    row = {"audio": tone(0.5, 24_000), "prompt": PROMPT, "reference": "B", "question_id": "1", "cot_content": "", "category": "law", "src": "x"}
+    replica(tmp_path / "hub" / "mmsu" / "law-00000-of-00001.parquet", [row, row | {"prompt": "No options at all.\nWhat now?"}])
+    replica(tmp_path / "hub" / "mmsu" / "physics-00000-of-00001.parquet", [
+        row | {"category": "physics", "reference": "D", "prompt": PROMPT.replace("\n\nWhat is", "\nWhat is")},
+        row | {"prompt": PROMPT.replace("\n\nWhat is the answer to the above multiple choice question?", "\nPick one.")},
+        row | {"prompt": PROMPT.replace("D. neon", "D. neon\nE. argon")}, row | {"reference": "E"}])
+    replica(tmp_path / "hub" / "openbookqa" / "test-00000-of-00001.parquet", [{k: row[k] for k in ("audio", "prompt", "reference")}])
+    printed = prepare(capsys, "voicebench-mmsu", "--origin", tmp_path / "hub", "--out", tmp_path / "mmsu")
+    assert table(printed) == {"rows in": 6, "rows out": 2, "hours of audio": 0.0, "left out: options not recognised": 1,
+                              "left out: no telling where option D ends": 1, "left out: other than four options": 1,
+                              "left out: the answer is none of the options": 1}
+    data = load_questions(tmp_path / "mmsu")
+    assert data["question"] == ["Which gas do plants take in?"] * 2 and data["answer_index"] == [1, 3] and data["category"] == ["law", "physics"]
+    assert data["options"] == [["oxygen", "carbon dioxide", "helium", "neon, a noble gas"]] * 2
+    prepare(capsys, "voicebench-obqa", "--origin", tmp_path / "hub", "--out", tmp_path / "obqa", "--limit", 1)
+    assert len(load_questions(tmp_path / "obqa")) == 1
+
+
+class CountingVoice:
+    """A voice that counts its readings, and is interrupted at one of them."""
+
+    def __init__(self, stop_at=None):
+        self.seeds, self.stop_at = [], stop_at
+
+    def speak(self, text, seed):
+        if len(self.seeds) == self.stop_at:
+            raise KeyboardInterrupt
+        self.seeds.append(seed)
+        rng = np.random.default_rng(seed)
+        self.text = text
+        return torch.tensor(rng.uniform(-0.5, 0.5, 8000), dtype=torch.float32)
+
+
+class Echo:
+    """A listener that hears the first reading of question 1 wrong and never gets to option d in question 2."""
+
+    def __init__(self, voice):
+        self.voice = voice
+
+    def transcribe(self, waveform):
+        index, attempt = self.voice.seeds[-1][1:]
+        if (index, attempt) == (1, 0):
+            return "something else altogether option d"
+        return self.voice.text.split("Option D")[0] if index == 2 else self.voice.text
+
+
+def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_path, capsys, monkeypatch):
+    row = {"question": "The capital of France is ____.", "subject": "geography", "choices": ["Rome", "Paris", "Bonn", "Bern"], "answer": 1}
+    rows = [row, row, row, row | {"choices": ["a", "b", "c"]}, row | {"question": "long " * 500}, row | {"question": "2 + 2 = ___, 5 - ___ = 1?"}]
+    replica(tmp_path / "hub" / "all" / "auxiliary_train-00000-of-00001.parquet", rows)
+    arguments = ("mmlu", "--origin", tmp_path / "hub", "--tries", 3, "--out")
+    voices = []
+
+    def models(args):
+        return voices[-1], Echo(voices[-1])
+
+    monkeypatch.setattr(data_prep, "load_speech_models", models)
+    voices.append(CountingVoice())
+    printed = prepare(capsys, *arguments, tmp_path / "whole")
+    assert table(printed) == {"rows in": 6, "rows out": 3, "hours of audio": 0.0, "left out: not understood by Whisper in 3 tries": 1,
+                              "left out: other than four options": 1, "left out: longer than 2000 characters": 1}
+    assert [seed[1:] for seed in voices[0].seeds] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (5, 0)]
+    data = load_questions(tmp_path / "whole")
+    assert data["prompt_for_tts"][0] == "The capital of France is what?\n\nOption A: Rome\nOption B: Paris\nOption C: Bonn\nOption D: Bern"
+    assert data["prompt_for_tts"][2].startswith("2 + 2 = first blank , 5 - second blank = 1?")
+    assert data["question"][0] == row["question"] and data["tts_wer"] == [0.0] * 3 and data["category"] == ["geography"] * 3
+    # Interrupted at its fifth reading, in the middle of question 2, then a line torn by a crash: it goes on with question 2.
+    voices.append(CountingVoice(stop_at=4))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(capsys, *arguments, tmp_path / "parts")
+    with open(tmp_path / "parts.part" / "rows.jsonl", "a") as torn:
+        torn.write('{"row": {"key": "mm')
+    voices.append(CountingVoice())
+    prepare(capsys, *arguments, tmp_path / "parts")
+    assert [seed[1:] for seed in voices[2].seeds] == [(2, 0), (2, 1), (2, 2), (5, 0)]
+    assert load_questions(tmp_path / "parts").to_list() == data.to_list()
+    (tmp_path / "other.part").mkdir()
+    (tmp_path / "other.part" / "rows.jsonl").write_text('{"source": "tars"}\n')
+    with pytest.raises(tars.UserError, match="other settings"):
+        prepare(capsys, *arguments, tmp_path / "other")
+
+
+def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
+    replica(tmp_path / "hub" / "a.parquet", [{"question": "q", "subject": "s", "choices": list("abcd")}])
+    for origin, says in ((tmp_path / "hub", "lacks the column.s. answer; it has question, subject, choices"), (tmp_path / "nothing", "nothing"),
+                         (tmp_path, "a.parquet|answer")):
+        with pytest.raises(tars.UserError, match=says):
+            prepare(capsys, "mmlu", "--origin", origin, "--out", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(tars.UserError, match="no parquet or arrow file"):
+        prepare(capsys, "mmlu", "--origin", tmp_path / "empty", "--out", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(tars.UserError, match="is there already"):
+        prepare(capsys, "mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("text, spoken", [
+    ("342", "three hundred forty two"), ("1,000,017", "one million seventeen"), ("3.14", "three point one four"), ("-5", "minus five"),
+    ("20%", "twenty percent"), ("2 + 2 = 4", "two plus two equals four"), ("x < 3", "x is less than three"), ("\N{GREEK SMALL LETTER ALPHA}-decay", "alpha decay"),
+    ("\N{SQUARE ROOT}9", "square root nine"), ("Who?\nOption A: I", "who. option a i"), ("don\N{RIGHT SINGLE QUOTATION MARK}t (ever)", "don't ever"),
+    ("CO\N{SUBSCRIPT TWO}", "co two"), ("0", "zero"), ("90 \N{DEGREE SIGN}", "ninety degrees"), ("first,second", "first second"),
+])
+def test_spelled_out_for_the_voices_vocabulary(text, spoken):
+    assert data_prep.spell_out(text) == spoken
+
+
+def test_word_error_rate_by_hand():
+    # four -> for (substituted), a word dropped, a word added: 3 of 6 words
+    assert data_prep.word_error_rate("one two three four five six", "one three for five six six") == pytest.approx(3 / 6)
+    assert data_prep.word_error_rate("It's 2 o'clock, isn't it?", "it is two oclock is not it") == 0
+    assert data_prep.reading_error("who option d x", "who option d x") == 0
+    assert data_prep.reading_error("who option d x", "who option x") == 1.0
+
+
+def test_blanks_are_said_as_words():
+    assert data_prep.without_blanks("He was born in ____.") == "He was born in what?"
+    assert data_prep.without_blanks("The __ is red") == "The what is red"
+    assert data_prep.without_blanks("A __ and a ___ meet") == "A first blank and a second blank meet"
+
+
+def test_voice_and_listener_run_on_tiny_models(tmp_path):
+    torch.manual_seed(0)
+    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate("_' abcdefghijklmnopqrstuvwxyz")}))
+    voice = VitsConfig(vocab_size=29, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, flow_size=16, spectrogram_bins=17,
+                       prior_encoder_num_flows=2, upsample_initial_channel=16, upsample_rates=[8, 8], upsample_kernel_sizes=[16, 16],
+                       resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], posterior_encoder_num_wavenet_layers=1,
+                       prior_encoder_num_wavenet_layers=1, wavenet_dilation_rate=1, duration_predictor_num_flows=1, depth_separable_num_layers=1)
+    VitsModel(voice).save_pretrained(tmp_path / "voice")
+    VitsTokenizer(str(tmp_path / "vocab.json"), pad_token="_", phonemize=False).save_pretrained(tmp_path / "voice")
+    voice = data_prep.Voice(str(tmp_path / "voice"), "cpu")
+    first, again, other = (voice.speak("Who? 7", seed) for seed in ((0, 1, 0), (0, 1, 0), (0, 1, 1)))
+    assert first.ndim == 1 and torch.equal(first, again) and (first.shape != other.shape or not torch.equal(first, other))
+    letters = [len(voice.tokenizer(data_prep.spell_out(text)).input_ids) for text in ("who seven", "Who? 7")]
+    assert letters[0] == letters[1] == 2 * len("who seven") + 1  # nothing is dropped silently
 
 
 # ======================================================================================================================
