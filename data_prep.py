@@ -315,7 +315,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
             loss = loss + answer_loss(lm, states.split(counts), [answers[i] for i in batch])
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.1 if step > steps // 3 else 1)
         descend(loss, optimizer)
-        if step >= steps // 3 and step % 5 == 0:
+        if step >= steps // 4 and step % 8 == 0:
             accuracy = evaluate(lm, val, extract_answers, Config(max_new_tokens=26, eval_batch=64))["speech"]
             if accuracy >= stop_at:
                 break
@@ -330,7 +330,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
 # What tars.py should use with this model instead of the paper's settings, written beside the checkpoint.
 DEMO_SETTINGS = {
     "data": "../train", "eval_data": "../test", "embedder": "ngrams", "questions_per_step": 16, "max_new_tokens": 26,
-    "steps": 260, "lr": 1.6e-3, "micro_batch": 16, "gradient_checkpointing": False, "eval_batch": 64,
+    "steps": 300, "lr": 1.6e-3, "micro_batch": 16, "gradient_checkpointing": False, "eval_batch": 64,
 }
 
 
@@ -708,9 +708,9 @@ def main(arguments=None):
         ("--seed", 0, "seed of questions, voices and base model"),
         ("--text-steps", 750, "steps of the base model's stage 1"),
         ("--speech-steps", 600, "steps of its stage 2 at most"),
-        ("--stop-at", 0.37, "speech accuracy at which stage 2 stops"),
+        ("--stop-at", 0.4, "speech accuracy at which stage 2 stops"),
         ("--train-clips", 2000, "spoken training questions"),
-        ("--val-clips", 256, "spoken questions that decide when stage 2 stops"),
+        ("--val-clips", 384, "spoken questions that decide when stage 2 stops"),
         ("--test-clips", 512, "held-out spoken questions"),
     )
     of_all = (

@@ -161,7 +161,8 @@ class Config:
     eval_batch: int = setting(8, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
     sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
-    # a rehearsal without a download
+    # other things to do than to train
+    explain: bool = setting(False, "work one group through on paper, equation by equation, and stop")
     random_weights: bool = setting(False, "two steps of --model with random weights on noise: does a run fit the GPU?")
     audio_seconds: float = setting(60.0, "length of that noise, in seconds", "the paper's clips: 73 s on average")
 
@@ -457,26 +458,30 @@ class SpeechLM:
     @torch.no_grad()
     def embed(self, questions):
         """Both prompts of every question -> Prompts [B, 2, P, H]; encoder and projector run here and nowhere else."""
-        prompts = []
-        for question in questions:
-            clip = read_clip(question["audio"]["bytes"], question["key"])  # [T]
-            speech = [self._embed_text(self.front.before_audio, special=True),
-                      self.front.encode(self.model, self.extractor, clip),
-                      self._embed_text(self.front.after_audio, special=True)]
-            text = [self._embed_text(written_question(question))]
-            for user_turn in (speech, text):
-                prompts.append(torch.cat([self._embed_text(self.front.before_user, special=True), *user_turn,
-                                          self._embed_text(self.front.after_user, special=True)]))  # [P, H]
-        embeds = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")  # [B*2, P, H]
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        from_end = embeds.shape[1] - torch.arange(embeds.shape[1], device=self.device)  # [P]: P, ..., 2, 1
-        mask = (from_end <= lengths[:, None]).long()  # [B*2, P]
-        return Prompts(embeds.unflatten(0, (-1, 2)), mask.unflatten(0, (-1, 2)))
+        return self.prompts([[self.spoken_turn(question), self.embed_text(written_question(question))]
+                             for question in questions])
 
-    def _embed_text(self, text, special=False):
-        """Text -> [tokens, H]. Control tokens are only read as such in our own template, never in a user's question."""
+    def spoken_turn(self, question):
+        """What the user says, [tokens, H]: the clip alone."""
+        clip = read_clip(question["audio"]["bytes"], question["key"])  # [T]
+        return torch.cat([self.embed_text(self.front.before_audio, special=True),
+                          self.front.encode(self.model, self.extractor, clip),
+                          self.embed_text(self.front.after_audio, special=True)])
+
+    def embed_text(self, text, special=False):
+        """Text -> [tokens, H]. Control tokens are only read as such in our own template (`special`)."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
         return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    def prompts(self, user_turns):
+        """User turns [tokens, H], a list of B lists of M -> Prompts [B, M, P, H] around them, padded on the left."""
+        before, after = (self.embed_text(text, special=True) for text in (self.front.before_user, self.front.after_user))
+        rows = [torch.cat([before, turn, after]) for turns in user_turns for turn in turns]  # B*M of [P, H]
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # [B*M, P, H]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        from_end = embeds.shape[1] - torch.arange(embeds.shape[1], device=self.device)  # [P]: P, ..., 2, 1
+        mask = (from_end <= lengths[:, None]).long()  # [B*M, P]
+        return Prompts(embeds.unflatten(0, (len(user_turns), -1)), mask.unflatten(0, (len(user_turns), -1)))
 
     def logits(self, hidden, temperature):
         """Last hidden states [N, H] -> logits [N, V] of the very distribution that roll-outs are drawn from."""
@@ -488,10 +493,11 @@ class SpeechLM:
     def rollout(self, prompts, repeats, max_new_tokens, temperature, generator=None):
         """Sample `repeats` completions of each prompt; greedily if `temperature` is 0.
 
-        prompts: [B, 2, P, H]. Returns completion_ids and completion_mask [B, 2, repeats, C] (the mask runs through
-        the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated [B, 2, repeats].
+        prompts: [B, M, P, H], M is 2 in training. Returns completion_ids and completion_mask [B, M, repeats, C] (the
+        mask runs through the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated
+        [B, M, repeats].
         """
-        embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * 2
+        embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * M
         cache = DynamicCache(config=self.decoder.config)
         hidden = self._decode(embeds, mask, positions(mask), cache)[:, -1]  # [N, H]
         # The prompt is read once; from here on each row is one sample. repeat_interleave, not repeat: the samples of a
@@ -511,7 +517,7 @@ class SpeechLM:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             hidden = self._decode(self.embed_tokens(ids[-1])[:, None], mask, positions(mask)[:, -1:], cache)[:, -1]
-        shape = lambda x: x.view(len(prompts.mask), 2, repeats, *x.shape[1:])  # rows are question, modality, sample
+        shape = lambda x: x.view(*prompts.mask.shape[:2], repeats, *x.shape[1:])  # rows: question, modality, sample
         return shape(torch.stack(ids, -1)), shape(torch.stack(alive, -1).long()), shape(~finished)
 
     def _decode(self, embeds, mask, position_ids, cache=None):
@@ -973,20 +979,26 @@ def first_group(question, completions, terms, rep, beh, references):
     return story
 
 
-def evaluate(lm, questions, extract, cfg):
-    """Greedy answers to every question, spoken and written -> {"speech": accuracy, "text": accuracy}, each 0 to 1.
+def answer_greedily(lm, questions, extract, cfg, start=0):
+    """Yield batches of records, one a question and modality: key, modality, completion, answer, right.
 
-    An output in which no option is found counts as wrong.
+    Begins at question `start`. An output in which no option is found has the answer None and counts as wrong.
     """
-    right = torch.zeros(2)
-    for start in tqdm(range(0, len(questions), cfg.eval_batch), desc="evaluate", unit="batch", leave=False):
-        batch = [questions[i] for i in range(start, min(start + cfg.eval_batch, len(questions)))]
+    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc="evaluate", unit="batch", leave=False):
+        batch = [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
         ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
         completions = lm.decode(ids, mask)  # b * 2 strings
-        asked = [question for question in batch for _ in MODALITIES]
-        for i, (question, answer) in enumerate(zip(asked, extract(asked, completions))):
-            right[i % 2] += answer == LETTERS[question["answer_index"]]
-    return dict(zip(MODALITIES, (right / len(questions)).tolist()))
+        asked = [(question, modality) for question in batch for modality in MODALITIES]
+        answers = extract([question for question, _ in asked], completions)
+        yield [{"key": question["key"], "modality": modality, "completion": completion, "answer": answer,
+                "right": answer == LETTERS[question["answer_index"]]}
+               for (question, modality), completion, answer in zip(asked, completions, answers)]
+
+
+def evaluate(lm, questions, extract, cfg):
+    """Accuracy of greedy answers to every question, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
+    records = [record for batch in answer_greedily(lm, questions, extract, cfg) for record in batch]
+    return {m: sum(r["right"] for r in records if r["modality"] == m) / len(questions) for m in MODALITIES}
 
 
 # ======================================================================================================================
@@ -1044,6 +1056,74 @@ def train(lm, questions, eval_questions, embedder, extract, cfg):
                 tqdm.write(side_by_side(step, story))
     save_adapter(lm, out, cfg)
     return accuracy
+
+
+# ======================================================================================================================
+# 10. Other things to do than to train: --explain, --random-weights
+# ======================================================================================================================
+def explain(lm, question, embedder, extract, cfg):
+    """--explain: one group worked through as on paper, each equation with its numbers put in, within 100 columns."""
+    half, generator = cfg.group_size // 2, torch.Generator(lm.device).manual_seed(cfg.seed)
+    names = [f"{m}{s + 1}" for m in "ST" for s in range(half)]  # S1 S2 ... T1 T2 ...
+    prompts = lm.embed([question])  # [1, 2, P, H]
+    ids, mask, truncated = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)  # [1, 2, G/2, C]
+    completions = lm.decode(ids, mask)
+    answers, right = extract([question] * 2 * half, completions), LETTERS[question["answer_index"]]
+    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(1, 2, half)
+    acc, fmt = as_group([a == right for a in answers]), as_group([format_reward(c) for c in completions])
+    base = base_reward(acc, fmt, cfg.lam)  # [1, 2, G/2]
+    references = pick_references(acc[:, 1] == 1, generator)  # [1, G/2]
+    beh = against_references(behavior_reward, embedder.embed(completions).to(lm.device).view(1, 2, half, -1), references)
+    with torch.no_grad():
+        logps, states = lm.forward(prompts.rows(), ids.flatten(0, 1), mask.flatten(0, 1), cfg.temperature)
+    states = states[None, :, :, layer_slice(cfg.layers, states.shape[2])].float()  # [1, 2, G/2, L, H]
+    L = states.shape[3]
+    by_layer = [against_references(representation_reward, states[..., [l], :], references)[0] for l in range(L)]
+    rep = against_references(representation_reward, states, references)
+    rewards = base.clone()
+    rewards[:, 0] = total_reward(base[:, 0], rep, beh, cfg.alpha, cfg.beta)
+    own, joint = modality_advantages(rewards), modality_advantages(rewards, joint=True)
+
+    def show(title, function, rows):
+        print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
+
+    flat = lambda x: x.flatten().tolist()  # [1, 2, G/2] -> S1 S2 ... T1 T2 ...
+    drawn, paired = references[0].tolist(), range(half)
+    reference = [f"T{r + 1}" if r >= 0 else "none: 0" for r in drawn]
+    print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}"
+          f"\nThe right answer is {right}. S answers are to the spoken question, T answers to the written one.")
+    show("The model answers G times, half from speech, half from text", "rollout",
+         [f"  {n}  {textwrap.shorten(c, 94, placeholder=' ...')}" for n, c in zip(names, completions)])
+    show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
+         [f"  {n}  answer {a or '-'}:  {x:.0f} + {cfg.lam:g} * {f:.0f} = {r:.2f}"
+          for n, a, x, f, r in zip(names, answers, flat(acc), flat(fmt), flat(base))])
+    show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
+         ["  " + "   ".join(f"{names[s]} -> {reference[s]}" for s in paired)])
+    shown = sorted({0, L // 2, L - 1})
+    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
+         [f"  {names[s]}  cos with {reference[s]}: " + "  ".join(f"layer {l + 1} {by_layer[l][s]:.3f}" for l in shown) +
+          f"   mean of {L} layers {rep[0, s]:.3f}" for s in paired])
+    show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
+         [f"  {names[s]}  cos with {reference[s]}: {beh[0, s]:.3f}" for s in paired])
+    show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh, speech only", "total_reward",
+         [f"  {names[s]}  {base[0, 0, s]:.2f} + {cfg.alpha:g} * {rep[0, s]:.3f} + {cfg.beta:g} * {beh[0, s]:.3f} = "
+          f"{rewards[0, 0, s]:.3f}" for s in paired] +
+         [f"  {names[half + s]}  {rewards[0, 1, s]:.3f}" for s in paired])
+    means = [f"{rewards[0, m].mean():.3f}" for m in range(2)]
+    show(f"Eq. (7)  A = R - mean of its modality (S {means[0]}, T {means[1]})", "modality_advantages",
+         [f"  {n}  {r:.3f} - {means[i // half]} = {a:+.3f}    with one joint mean, {rewards.mean():.3f}: {j:+.3f}"
+          for i, (n, r, a, j) in enumerate(zip(names, flat(rewards), flat(own), flat(joint)))])
+    best, n_tokens = own.abs().argmax().item(), int((mask * ~truncated[..., None]).sum())
+    token, A = int(mask.flatten(0, 2)[best].sum()) // 2, own.flatten()[best].item()
+    logp = logps.flatten(0, 1)[best, token].item()
+    low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
+    loss = grpo_loss(*torch.tensor([[[logp]], [[logp]]]), torch.tensor([A]), torch.ones(1, 1), cfg.eps_low, cfg.eps_high, n_tokens)
+    word = lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item())
+    show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
+         [f"  token {token + 1} of {names[best]}, {word!r}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
+          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens} = {loss.item():+.5f}",
+          "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
+          f"  were rho {high + 0.22:g}: rho A = {(high + 0.22) * A:+.3f}, clip(rho) A = {high * A:+.3f}, the smaller counts"])
 
 
 def rehearse(cfg):
@@ -1144,6 +1224,8 @@ def main(arguments=None):
     lm = SpeechLM.from_pretrained(cfg.model)
     embedder, extract = load_helpers(cfg, lm.device)
     layer_slice(cfg.layers, len(lm.decoder.layers))
+    if cfg.explain:
+        return explain(lm, questions[0], embedder, extract, cfg)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", asdict(cfg))

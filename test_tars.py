@@ -37,6 +37,7 @@ from transformers import (
 )
 
 import data_prep
+import eval as evaluation
 import tars
 from tars import (
     Config,
@@ -1257,3 +1258,123 @@ def test_missing_column_is_named(small_demo, tmp_path):
     load_questions(small_demo / "test").remove_columns("options").save_to_disk(tmp_path / "data")
     with pytest.raises(tars.UserError, match="options"):
         load_questions(tmp_path / "data")
+
+
+# ======================================================================================================================
+# eval.py
+# ======================================================================================================================
+def test_wilson_interval_by_hand():
+    # 8 of 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416 = 0.7167, half 1.96 sqrt(0.016 + 0.009604) / 1.38416 = 0.2266
+    assert evaluation.wilson(8, 10) == (pytest.approx(0.4901, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert evaluation.wilson(0, 20)[0] == pytest.approx(0, abs=1e-9) and evaluation.wilson(20, 20)[1] == pytest.approx(1)
+
+
+def test_interval_of_a_mean_by_hand():
+    # 1, 2, 3: mean 2, standard deviation sqrt(2 / 3), 1.96 * 0.8165 / sqrt(3) = 0.9240
+    mean, half = evaluation.mean_and_interval(np.array([1.0, 2.0, 3.0]))
+    assert (mean, half) == (2.0, pytest.approx(0.9240, abs=1e-4))
+
+
+def test_cosine_per_layer_against_a_float64_loop():
+    speech, text = random_(3, 2, 5, 7), random_(3, 2, 5, 7, seed=1)  # [L, b, C, H]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    cosines = evaluation.token_cosines(speech, text, mask)
+    for b in range(2):
+        for l in range(3):
+            tokens = [t for t in range(5) if mask[b, t]]
+            assert cosines[b, l].item() == pytest.approx(sum(cos(speech[l, b, t], text[l, b, t]) for t in tokens) / len(tokens), abs=1e-5)
+
+
+def test_layer_cosines_teacher_force_the_text_answer_under_both_prompts(lm, questions):
+    cfg = Config(max_new_tokens=6, eval_batch=3)
+    cosines = evaluation.layer_cosines(lm, questions, cfg)
+    assert cosines.shape == (4, 4)
+    ids, mask, _ = lm.rollout(lm.embed(questions), 1, 6, temperature=0)
+    for b in (0, 3):
+        completion = ids[b, 1, 0, : int(mask[b, 1, 0].sum())].tolist()
+        with torch.no_grad():
+            states = [plain_forward(lm, questions[b], spoken, completion, output_hidden_states=True) for spoken in (True, False)]
+        for l in range(4):
+            speech, text = (output.hidden_states[l + 1][0, P:].double() for P, output in states)
+            expected = sum(cos(s, t) for s, t in zip(speech, text)) / len(completion)
+            assert cosines[b, l].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_run, tmp_path):
+    out, _ = small_run
+    command = (HERE / "eval.py", "--model", small_demo / "model", "--adapter", out / "a", "--data", small_demo / "test", small_demo / "val",
+               "--eval-batch", 16, "--out", tmp_path / "eval")
+    printed = run(*command)
+    base, tuned = [line.split() for line in printed.splitlines() if line.startswith(("base", str(out)))]
+    files = sorted((tmp_path / "eval").iterdir())
+    assert len(files) == 4
+    records = {f.name[: f.name.rfind("-")]: [json.loads(line) for line in f.read_text().splitlines()[1:]] for f in files}
+    share = lambda name, m: 100 * np.mean([r["right"] for r in records[name] if r["modality"] == m])
+    # columns: name, then accuracy and interval of test A, test T, val A, val T; averages; unparsed; MRR
+    assert [float(base[i]) for i in (1, 4, 7, 10)] == [pytest.approx(share(f"base-{d}", m), abs=0.051) for d in ("test", "val") for m in tars.MODALITIES]
+    text = (share("base-test", "text") + share("base-val", "text")) / 2
+    assert float(tuned[-1]) == pytest.approx(50 * (share("a-test", "speech") + share("a-val", "speech")) / text, abs=0.1)
+    assert float(base[-4]) == pytest.approx((share("base-test", "speech") + share("base-val", "speech")) / 2, abs=0.051)
+    # stopped in the middle of a batch, in the middle of a line: the same file again
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[: len(whole) // 2])
+    assert run(*command) == printed and files[1].read_bytes() == whole
+    fixed = run(*command, "--base-text-accuracy", 80)
+    assert float([line.split() for line in fixed.splitlines() if line.startswith("base")][0][-1]) == pytest.approx(float(base[-4]) / 0.8, abs=0.1)
+
+
+def test_eval_layers_curves_and_figures(small_demo, small_run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it is needed for figures alone")
+    out, _ = small_run
+    printed = run(HERE / "eval.py", "--model", small_demo / "model", "--adapter", out / "a", "--layers", "--limit", 8, "--plot", tmp_path / "layers.png")
+    assert [line.split()[0] for line in printed.splitlines()[1:6]] == ["layer", "1", "2", "3", "4"]
+    run(HERE / "eval.py", "--curves", out / "a", out / "b", "--plot", tmp_path / "curves.png")
+    for name in ("layers.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--adapter", "no/such/adapter"], "no/such/adapter"),
+    (["--data", "no/such/data"], "no/such/data"),
+    (["--asr"], "never taught to transcribe"),
+    (["--cascade", "no/such/whisper"], "--cascade no/such/whisper"),
+    (["--curves", "no/such/run"], "no/such/run"),
+    (["--model", "no/such/model"], "no usable checkpoint"),
+])
+def test_eval_mistakes_end_in_one_line_and_code_2(small_demo, flags, says, tmp_path):
+    if "--curves" in flags:
+        pytest.importorskip("matplotlib")
+    printed = run(HERE / "eval.py", "--model", small_demo / "model", "--data", small_demo / "val", "--out", tmp_path, *flags, fails=True)
+    assert says in printed and "Traceback" not in printed
+
+
+def test_cascade_answers_what_was_heard(lm, questions, monkeypatch):
+    class Heard:
+        def transcribe(self, waveform):
+            return "five minus one"
+
+    cfg = Config(max_new_tokens=5, eval_batch=3)
+    batches = list(evaluation.cascade(lm, Heard(), questions, tars.extract_answers, cfg, 0))
+    assert [len(batch) for batch in batches] == [3, 1] and batches[0][0]["heard"] == "five minus one"
+    prompt = lm.tokenizer(lm.front.before_user + "five minus one" + lm.front.after_user, return_tensors="pt").input_ids
+    expected = lm.model.generate(inputs_embeds=lm.embed_tokens(prompt), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
+                                 attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=placeholders(lm))
+    assert batches[1][0]["completion"] == lm.tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+def test_explain_works_one_group_through(small_demo):
+    printed = run(HERE / "tars.py", "--model", small_demo / "model", "--explain")
+    assert max(map(len, printed.splitlines())) <= 100
+    for function in ("rollout", "base_reward", "pick_references", "representation_reward", "behavior_reward", "total_reward",
+                     "modality_advantages", "grpo_loss"):
+        assert f"{function}()" in printed
+    rows = [re.fullmatch(r"  S\d  ([\d.]+) \+ 1 \* ([\d.]+) \+ 1 \* ([\d.]+) = ([\d.]+)", line) for line in printed.splitlines()]
+    sums = [[float(x) for x in row.groups()] for row in rows if row]
+    assert len(sums) == 4
+    for base, rep, beh, total in sums:  # Eq. (2) as printed
+        assert base + rep + beh == pytest.approx(total, abs=0.002)
+    rows = [re.match(r"  S\d  ([\d.]+) - ([\d.]+) = ([+-][\d.]+)", line) for line in printed.splitlines()]
+    advantages = [[float(x) for x in row.groups()] for row in rows if row]
+    assert [a[0] for a in advantages] == [s[3] for s in sums]
+    for reward, mean, advantage in advantages:  # Eq. (7) as printed
+        assert mean == pytest.approx(np.mean([s[3] for s in sums]), abs=0.001) and reward - mean == pytest.approx(advantage, abs=0.002)
