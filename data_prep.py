@@ -51,8 +51,10 @@ from tars import (
     Qwen25Omni,
     SpeechLM,
     UserError,
+    default_device,
     evaluate,
     extract_answers,
+    load_helper,
     read_clip,
     wav_bytes,
     write_json,
@@ -689,13 +691,9 @@ def convert(name, args):
 
 
 def load_speech_models(args):
-    """The voice and the listener of `mmlu`. Raises UserError if one cannot be loaded."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return Voice(args.tts, device), Listener(args.asr, device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tts {args.tts}, --asr {args.asr}: one of them is no usable model, here or on the hub: "
-                        f"{str(error).splitlines()[0]}") from error
+    """The voice and the listener of `mmlu`."""
+    return (load_helper(Voice, "--tts", args.tts, default_device()),
+            load_helper(Listener, "--asr", args.asr, default_device()))
 
 
 def main(arguments=None):

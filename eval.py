@@ -7,9 +7,8 @@
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
   python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy and MRR over training steps
 
-Accuracies come with their 95 % Wilson intervals. Answers are greedy; each is kept, one JSON line a question and modality,
-in --out, and a run that was stopped continues from there. The answers of another adapter, data set or setting get
-another file.
+Accuracies come with their 95 % Wilson intervals. Answers are greedy; each is kept in --out, one JSON line a question
+and modality, and a run that was stopped continues from there. Another adapter, data set or setting gets another file.
 
 Imports: this file imports tars.py and data_prep.py; nothing imports this file.
 """
@@ -19,6 +18,7 @@ import json
 import math
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,10 @@ from tars import (
     SpeechLM,
     UserError,
     answer_greedily,
+    default_device,
     load_adapter,
-    load_helpers,
+    load_extractor,
+    load_helper,
     load_questions,
     modality_recovery_rate,
     parse_config,
@@ -79,20 +81,26 @@ def models(args, cfg):
         yield adapter or "base", lm
 
 
-def cut_to_whole_batches(file, size):
-    """Drop the lines after the last whole batch, so that a continued run forms the same batches."""
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[: 1 + (len(lines) - 1) // size * size]))
+def kept(name, data, questions, each, answer, args, cfg):
+    """The records of one measurement, `each` of them a question, in order; every one is written to a file in args.out.
 
-
-def answered(file, begun, questions, size, answer):
-    """All records of a measurement, from `file` as far as they are there, the rest from answer(start)."""
+    Those of an earlier run are read from there, the rest come in batches from answer(first question). The file is told
+    from others by all that the answers depend on.
+    """
+    weights = Path(name) / "adapter_model.safetensors"
+    begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
+             "eval_batch": cfg.eval_batch, "extractor": cfg.extractor,
+             "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None,
+             "questions": zlib.crc32("\n".join([*questions["key"], *questions["question"]]).encode())}
+    file = Path(args.out) / f"{Path(name).name}-{data}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    if len(done := resume(file, begun)) < begun["records"]:
-        cut_to_whole_batches(file, size * begun["records"] // len(questions))
-        done = resume(file, begun)
+    done = resume(file, begun)
+    if len(done) < each * len(questions):
+        first = len(done) // (each * cfg.eval_batch) * cfg.eval_batch  # whole batches, to form the same ones again
+        done = done[: each * first]
+        file.write_text("".join(json.dumps(line) + "\n" for line in [begun, *done]))
         with open(file, "a") as records:
-            for batch in answer(len(done) * len(questions) // begun["records"]):
+            for batch in answer(first):
                 records.write("".join(json.dumps(record) + "\n" for record in batch))
                 records.flush()
                 done += batch
@@ -121,40 +129,25 @@ def accuracy_cell(records):
 
 def compare(args, cfg, sets):
     """Print Table 1: one row a model, two columns a data set, averages, unparsed share, MRR."""
-    extract = load_helpers(cfg, "cuda" if torch.cuda.is_available() else "cpu")[1]
+    extract = load_extractor(cfg, default_device())
     rows, base_text = [], args.base_text_accuracy
     for name, lm in models(args, cfg):
-        measured = {data: measure(lm, name, data, questions, extract, args, cfg) for data, questions in sets.items()}
+        measured = {}
+        for data, questions in sets.items():
+            records = kept(name, data, questions, 2, partial(answer_greedily, lm, questions, extract, cfg), args, cfg)
+            measured[data] = {m: [r for r in records if r["modality"] == m] for m in MODALITIES}
         if base_text is None:
             base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
         rows.append(row_of(name, measured, base_text))
         if name == "base" and args.cascade:
-            listener = load_listener(args.cascade)
-            heard = {data: {"speech": answered(*file_of(args, f"cascade {args.cascade}", data, questions, cfg, 1), questions,
-                                               cfg.eval_batch, lambda start, q=questions: cascade(lm, listener, q, extract, cfg, start))}
-                     for data, questions in sets.items()}
-            rows.append(row_of(f"cascade {args.cascade}", heard, base_text))
+            listener, name = load_helper(Listener, "--cascade", args.cascade, default_device()), f"cascade {args.cascade}"
+            rows.append(row_of(name, {data: {"speech": kept(
+                name, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
+                for data, questions in sets.items()}, base_text))
     sizes = ", ".join(f"{data}: {len(questions)} questions" for data, questions in sets.items())
-    head = ["model", *(f"{data} {column}" for data in sets for column in ("A %", "T %")), "avg A", "avg T", "unparsed A/T %", "MRR %"]
+    columns = [f"{data} {column}" for data in sets for column in ("A %", "T %")]
+    head = ["model", *columns, "avg A", "avg T", "unparsed A/T %", "MRR %"]
     print(f"{sizes}; A speech, T text, [95 % interval]\n" + table(head, rows))
-
-
-def measure(lm, name, data, questions, extract, args, cfg):
-    """The records of one model on one data set, by modality."""
-    records = answered(*file_of(args, name, data, questions, cfg, 2), questions, cfg.eval_batch,
-                       lambda start: answer_greedily(lm, questions, extract, cfg, start))
-    return {m: [r for r in records if r["modality"] == m] for m in MODALITIES}
-
-
-def file_of(args, name, data, questions, cfg, records_each):
-    """Where the records of one measurement are kept, and what it was begun with: the file's name tells them apart."""
-    weights = Path(name) / "adapter_model.safetensors"
-    begun = {"model": args.model, "name": name, "data": data, "records": records_each * len(questions),
-             "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None,
-             "questions": zlib.crc32("\n".join(questions["key"] + questions["question"]).encode()),
-             "max_new_tokens": cfg.max_new_tokens, "eval_batch": cfg.eval_batch, "extractor": cfg.extractor}
-    code = zlib.crc32(json.dumps(begun).encode())
-    return Path(args.out) / f"{Path(name).name}-{data}-{code:08x}.jsonl", begun
 
 
 def row_of(name, measured, base_text):
@@ -169,15 +162,8 @@ def row_of(name, measured, base_text):
     average = {m: np.mean(columns[m]) for m in MODALITIES}
     shown = lambda x: "-" if math.isnan(x) else f"{x:.1f}"
     lost = "/".join(f"{100 * np.mean(unparsed[m]):.1f}" if unparsed[m] else "-" for m in MODALITIES)
-    return [name, *cells, *map(shown, average.values()), lost, shown(modality_recovery_rate(average["speech"], base_text))]
-
-
-def load_listener(name):
-    """Whisper by name. Raises UserError if it cannot be loaded."""
-    try:
-        return Listener(name, "cuda" if torch.cuda.is_available() else "cpu")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--cascade {name} is no usable Whisper model, here or on the hub: {str(error).splitlines()[0]}") from error
+    mrr = modality_recovery_rate(average["speech"], base_text)
+    return [name, *cells, *map(shown, average.values()), lost, shown(mrr)]
 
 
 # ======================================================================================================================
@@ -244,7 +230,7 @@ def drift(args, cfg, sets):
         lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
     rows = [[str(l), *(f"{mean[l - 1]:.4f} +- {half[l - 1]:.4f}" for mean, half in lines.values())] for l in layers]
-    print("cosine of spoken and written states on the model's own text answers, mean over questions and its 95 % interval")
+    print("cosine of spoken and written states on the model's own text answers, mean over questions, 95 % interval")
     print(table(["layer", *lines], rows))
     if args.plot:
         plt = pyplot()
@@ -264,7 +250,7 @@ def curves(args):
     """Draw reward terms, accuracy in roll-outs and on the evaluation set, and MRR over steps, from each run's log."""
     plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-    panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep"), ("beh_speech", "R_beh"),
+    panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"), ("beh_speech", "R_beh (cosine)"),
               ("acc_speech", "spoken accuracy, %"), ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"))
     for run in args.curves:
         log, base_text = read_run(run)
@@ -280,7 +266,7 @@ def curves(args):
             if points:
                 axis.plot(*zip(*[(step, 100 * value) for step, value in points]), "o", color=drawn.get_color())
     axes.flat[0].legend()
-    figure.suptitle("Lines: roll-outs at the training temperature, mean of the last 20 steps. Dots: greedy answers to the evaluation set.")
+    figure.suptitle("Lines: roll-outs at the training temperature, mean of 20 steps. Dots: greedy, evaluation set.")
     save(figure, args.plot)
 
 
@@ -326,21 +312,26 @@ def main(arguments=None):
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    many, text, number = {"nargs": "+", "metavar": ""}, {"metavar": ""}, {"metavar": "", "type": int}
-    parser.add_argument("--model", default="runs/demo/model", **text, help="base model [runs/demo/model]")
-    parser.add_argument("--adapter", default=None, **many, help="--out directories of tars.py [runs/tars with the demo's model]")
-    parser.add_argument("--data", default=None, **many, help="data sets [the model's own eval_data]")
-    parser.add_argument("--out", default="runs/eval", **text, help="where every answer is kept [runs/eval]")
-    parser.add_argument("--limit", default=0, **number, help="only the first so many questions of each data set [0, all]")
-    parser.add_argument("--max-new-tokens", default=None, **number, help="longest completion [the model's own, else 1024]")
-    parser.add_argument("--eval-batch", default=None, **number, help="questions per batch [the model's own, else 8]")
-    parser.add_argument("--extractor", default="regex", **text, help="who reads an answer's letter [regex]")
-    parser.add_argument("--base-text-accuracy", type=float, **text, help="MRR's denominator in percent [the base model's, measured]")
-    parser.add_argument("--cascade", **text, help="a Whisper model, to transcribe the clips for the base model's text branch")
-    parser.add_argument("--asr", action="store_true", help="measure the model as a transcriber")
-    parser.add_argument("--layers", action="store_true", help="Figure 2")
-    parser.add_argument("--curves", **many, help="runs whose logs are drawn")
-    parser.add_argument("--plot", **text, help="file of the figure, such as curves.png")
+    for flag, default, help in (
+        ("--model", "runs/demo/model", "base model"),
+        ("--out", "runs/eval", "where every answer is kept"),
+        ("--limit", 0, "only the first so many questions of each data set; 0 means all"),
+        ("--extractor", "regex", "who reads an answer's letter"),
+    ):
+        parser.add_argument(flag, default=default, type=type(default), metavar="", help=f"{help} [{default}]")
+    for flag, kind, help in (
+        ("--max-new-tokens", int, "longest completion [the model's own, else 1024]"),
+        ("--eval-batch", int, "questions per batch [the model's own, else 8]"),
+        ("--base-text-accuracy", float, "MRR's denominator in percent [the base model's, measured]"),
+        ("--cascade", str, "a Whisper model that transcribes the clips for the base model's text branch"),
+        ("--plot", str, "file of the figure, such as layers.png"),
+    ):
+        parser.add_argument(flag, type=kind, metavar="", help=help)
+    for flag, help in (("--adapter", "--out directories of tars.py [runs/tars with the demo's model]"),
+                       ("--data", "data sets [the model's own]"), ("--curves", "runs whose logs are drawn")):
+        parser.add_argument(flag, nargs="+", metavar="", help=help)
+    for flag, help in (("--asr", "measure the model as a transcriber"), ("--layers", "Figure 2")):
+        parser.add_argument(flag, action="store_true", help=help)
     args = parser.parse_args(arguments)
     if args.curves:
         args.plot = args.plot or "curves.png"

@@ -369,6 +369,11 @@ class Prompts(NamedTuple):
         return Prompts(self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1))
 
 
+def default_device():
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def precision():
     """Weights are bfloat16 on a GPU and float32 on the CPU."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -439,7 +444,7 @@ class SpeechLM:
             raise UserError(f"--random-weights --model {path}: give {names}, or a directory with a config.json")
         config_class = front.model_class.config_class
         config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**front.config_defaults)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        with torch.device(default_device()):
             model = front.model_class._from_config(config, dtype=precision(), attn_implementation="sdpa")
         extractor = front.extractor_class(**front.extractor_defaults)
         lm = cls(front, to_device(model, front), byte_tokenizer(front), extractor)
@@ -806,17 +811,27 @@ def extract_answers(questions, completions):
     return [extract_answer(completion, question["options"]) for question, completion in zip(questions, completions)]
 
 
-def load_helpers(cfg, device):
-    """E of Eq. (6) and the answer extractor, by their names in cfg. Raises UserError if one cannot be loaded."""
-    device, helpers = cfg.aux_device or device, []
-    for flag, name, offline, kind in (("embedder", cfg.embedder, {"ngrams": NGramEmbedder()}, SentenceEmbedder),
-                                      ("extractor", cfg.extractor, {"regex": extract_answers}, XFinder)):
-        try:
-            helpers.append(offline[name] if name in offline else kind(name, device))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--{flag} {name} is no usable model, here or on the hub ({str(error).splitlines()[0]}); "
-                            f"`{next(iter(offline))}` needs none") from error
-    return helpers
+def load_helper(kind, flag, name, device):
+    """One of the helper models above, by name. Raises UserError if it cannot be loaded."""
+    try:
+        return kind(name, device)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{flag} {name} is no usable model, here or on the hub: {reason}") from error
+
+
+def load_embedder(cfg, device):
+    """E of Eq. (6), by cfg.embedder."""
+    if cfg.embedder == "ngrams":
+        return NGramEmbedder()
+    return load_helper(SentenceEmbedder, "--embedder", cfg.embedder, cfg.aux_device or device)
+
+
+def load_extractor(cfg, device):
+    """What reads the option from an output, by cfg.extractor: (questions, completions) -> letters, None where none."""
+    if cfg.extractor == "regex":
+        return extract_answers
+    return load_helper(XFinder, "--extractor", cfg.extractor, cfg.aux_device or device)
 
 
 # ======================================================================================================================
@@ -825,8 +840,8 @@ def load_helpers(cfg, device):
 def modality_advantages(rewards, joint=False):
     """Eq. (7). rewards [B, 2, G/2] -> same. A_{i,m} = r_{i,m} - mu_m, mu_m the mean of modality m in the group.
 
-    Not divided by the standard deviation. With one joint mean the easier text rows sit above it and speech is pushed
-    down as a whole, whatever it answers.
+    Not divided by the standard deviation. With one joint mean the modality with the higher rewards is pushed up as a
+    whole and the other down, whatever they answer: text under R_base alone, speech where Eq. (2) adds to its rewards.
     """
     return rewards - rewards.mean((1, 2) if joint else -1, keepdim=True)
 
@@ -1222,7 +1237,7 @@ def main(arguments=None):
         return rehearse(cfg)
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     lm = SpeechLM.from_pretrained(cfg.model)
-    embedder, extract = load_helpers(cfg, lm.device)
+    embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
     layer_slice(cfg.layers, len(lm.decoder.layers))
     if cfg.explain:
         return explain(lm, questions[0], embedder, extract, cfg)

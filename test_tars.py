@@ -290,7 +290,7 @@ def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint,
         torch.testing.assert_close(vector, last / last.norm(), atol=1e-5, rtol=0)
     tars.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)  # one that ends no text
     with pytest.raises(tars.UserError, match="endoftext"):
-        tars.load_helpers(Config(embedder=str(tmp_path)), "cpu")
+        tars.load_embedder(Config(embedder=str(tmp_path)), "cpu")
 
 
 def test_xfinder_reads_a_letter_or_an_option_and_never_guesses():
@@ -308,7 +308,7 @@ def test_xfinder_prompt_and_batch_through_a_tiny_model(tmp_path):
                                          num_attention_heads=2, num_key_value_heads=1))
     for piece in (model, tokenizer):
         piece.save_pretrained(tmp_path)
-    embedder, extract = tars.load_helpers(Config(embedder="ngrams", extractor=str(tmp_path), aux_device="cpu"), "meta")
+    extract = tars.load_extractor(Config(extractor=str(tmp_path), aux_device="cpu"), "meta")
     questions = [{"question": "Who {is} it?", "options": OPTIONS}, {"question": "Why?", "options": OPTIONS}]
     seen = []
     generate = extract.model.generate
