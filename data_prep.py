@@ -18,7 +18,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import unicodedata
 from collections import Counter
 from itertools import product
@@ -47,6 +46,7 @@ from tars import (
     LETTERS,
     SAMPLE_RATE,
     SYSTEM_PROMPT,
+    ClipError,
     Qwen25Omni,
     SpeechLM,
     UserError,
@@ -54,6 +54,7 @@ from tars import (
     extract_answers,
     load_helper,
     read_clip,
+    run,
     wav_bytes,
     write_json,
     written_question,
@@ -417,12 +418,10 @@ def clean_clip(audio, key, max_seconds):
     """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost for a clip that no model could learn from."""
     try:
         waveform = read_clip(audio["bytes"] or Path(audio["path"] or "").read_bytes(), key)
-    except (UserError, OSError) as error:
+    except ClipError as error:
+        raise Lost(error.reason) from error
+    except OSError as error:
         raise Lost("an unreadable clip") from error
-    if not waveform.isfinite().all():
-        raise Lost("a clip with NaN samples")
-    if len(waveform) < 0.1 * SAMPLE_RATE:
-        raise Lost("a clip shorter than 0.1 s")
     if waveform.abs().max() < 1e-3:  # 60 dB below full scale
         raise Lost("a silent clip")
     if len(waveform) > max_seconds * SAMPLE_RATE:
@@ -744,7 +743,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(print(f"data_prep.py: {error}", file=sys.stderr) or 2)
+    run("data_prep.py", main)

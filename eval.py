@@ -16,7 +16,6 @@ Imports: this file imports tars.py and data_prep.py; nothing imports this file.
 import argparse
 import json
 import math
-import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ from tars import (
     parse_config,
     positions,
     read_clip,
+    run,
 )
 
 ASR_REQUEST = "Transcribe the audio clip into text."
@@ -354,7 +354,4 @@ def not_built(folder):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
+    run("eval.py", main)

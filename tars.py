@@ -57,8 +57,11 @@ when the offline demo is not there yet.)
 import argparse
 import io
 import json
+import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -75,9 +78,11 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
@@ -109,10 +114,10 @@ class UserError(Exception):
 # ======================================================================================================================
 # 1. Config: the paper's Table 5
 # ======================================================================================================================
-def setting(default, meaning, paper=""):
-    """A field of Config: its default, what it is, and where the paper gives it (empty: nowhere)."""
+def setting(default, meaning, paper="", **flag):
+    """A field of Config: its default, what it is, where the paper gives it (empty: nowhere), more for its flag."""
     note = f"{default}; {paper}" if paper else default
-    return field(default=default, metadata={"help": f"{meaning} [{note}]"})
+    return field(default=default, metadata={"help": f"{meaning} [{note}]", "flag": flag})
 
 
 @dataclass
@@ -160,6 +165,9 @@ class Config:
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
     eval_batch: int = setting(8, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
+    save_every: int = setting(50, "checkpoint every so many steps; the last two are kept")
+    resume: str = setting("", "go on from --out's last checkpoint; `--resume auto`: if there is one", nargs="?",
+                          const="last", choices=("last", "auto"))
     sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
     # other things to do than to train
     explain: bool = setting(False, "work one group through on paper, equation by equation, and stop")
@@ -177,7 +185,7 @@ def parse_config(arguments, build_demo):
                                      description="setting: meaning [default; where the paper gives it]",
                                      formatter_class=table)
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""} | f.metadata["flag"]
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
     flags = vars(parser.parse_args(arguments))
@@ -208,16 +216,23 @@ SYSTEM_PROMPT = (
 def load_questions(path):
     """Questions written by data_prep.py: a `datasets` directory with at least COLUMNS, audio left as encoded bytes.
 
-    Raises UserError if the directory is missing, is no data set, is empty or lacks a column.
+    Raises UserError if the directory is missing, is no data set, is empty, lacks a column or has a question without
+    four options and an answer among them.
     """
     try:
         questions = datasets.load_from_disk(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} is no data set directory: write one with data_prep.py") from error
+    except (OSError, ValueError, IndexError) as error:  # the last: `datasets` cannot read back an empty one
+        raise UserError(f"{path} is no data set directory, or an empty one: write one with data_prep.py") from error
+    if isinstance(questions, dict):
+        raise UserError(f"{path} holds several data sets: give one of {', '.join(f'{path}/{part}' for part in questions)}")
     if missing := COLUMNS - set(questions.column_names):
         raise UserError(f"{path} lacks the column(s) {', '.join(sorted(missing))}: write it anew with data_prep.py")
-    if len(questions) == 0:
-        raise UserError(f"{path} holds no questions: write it anew with data_prep.py")
+    columns = (questions[column] for column in ("key", "question", "options", "answer_index"))
+    for key, question, options, answer_index in zip(*columns):
+        if not (question and question.strip() and options and len(options) == 4 and all(options)):
+            raise UserError(f"{path}: {key} is no question with four options: leave it out, as data_prep.py does")
+        if answer_index not in range(4):
+            raise UserError(f"{path}: {key} has the answer_index {answer_index}: it counts the options from 0 to 3")
     return questions.cast_column("audio", datasets.Audio(decode=False))  # decoding in datasets would need FFmpeg
 
 
@@ -227,11 +242,20 @@ def written_question(question):
     return f"{question['question']}\n\n{options}"
 
 
+class ClipError(UserError):
+    """A clip that no model can hear. `reason` is the short form, by which data_prep.py counts."""
+
+    def __init__(self, key, reason, advice=""):
+        super().__init__(f"{key} has {reason}{advice}")
+        self.reason = reason
+
+
 def read_clip(data, key="clip"):
     """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1.
 
     PCM WAV is read by the standard library. Anything else goes to torchaudio, which wants torchcodec and FFmpeg.
-    Raises UserError naming the question's key if the clip cannot be decoded.
+    Raises ClipError naming the question's key if the clip cannot be decoded, holds NaN, or lasts less than 0.1 s or
+    more than 300 s, which is all that the encoders take.
     """
     try:
         with wave.open(io.BytesIO(data)) as clip:
@@ -248,8 +272,14 @@ def read_clip(data, key="clip"):
             waveform, rate = torchaudio.load(io.BytesIO(data))  # [channels, T]
             waveform = waveform.mean(0)
         except Exception as error:  # torchaudio raises whatever its back end raises
-            raise UserError(f"{key}: audio is no PCM WAV, and torchaudio cannot decode it; if it is no broken file, "
-                            f"`pip install torchcodec` and install FFmpeg ({type(error).__name__})") from error
+            advice = ("; it is no PCM WAV, and torchaudio cannot decode it: if it is no broken file, "
+                      f"`pip install torchcodec` and install FFmpeg ({type(error).__name__})")
+            raise ClipError(key, "an unreadable clip", advice) from error
+    if not waveform.isfinite().all():
+        raise ClipError(key, "a clip with NaN samples")
+    if not 0.1 <= len(waveform) / rate <= 300:
+        raise ClipError(key, f"a clip {'shorter than 0.1' if len(waveform) < 0.1 * rate else 'longer than 300'} s",
+                        f" ({len(waveform) / rate:.2f} s)")
     return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
 
 
@@ -354,6 +384,8 @@ def front_of(path):
     for front in FAMILIES:
         if family in front.model_types:
             return front
+    if family is None:
+        raise UserError(f"{path} is no usable checkpoint: it has no config.json with a model_type")
     known = ", ".join(name for front in FAMILIES for name in front.model_types)
     raise UserError(f"{path} is of the family {family}; known are {known}")
 
@@ -426,7 +458,7 @@ class SpeechLM:
             model = front.load(path, revision=front.revision, dtype=precision(), attn_implementation="sdpa")
             tokenizer = AutoTokenizer.from_pretrained(path, revision=front.revision)
             extractor = front.extractor_class.from_pretrained(path, revision=front.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is no usable checkpoint, here or on the hub: {reason}") from error
         return cls(front, to_device(model, front), tokenizer, extractor)
@@ -653,8 +685,11 @@ def load_adapter(lm, path):
     path = Path(path)
     if not (path / "adapter_config.json").exists():
         raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
-    settings = json.loads((path / "adapter_config.json").read_text())
-    tensors = load_file(path / "adapter_model.safetensors")
+    try:
+        settings = json.loads((path / "adapter_config.json").read_text())
+        tensors = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} holds a broken adapter: {str(error).splitlines()[0]}") from error
     attach_lora(lm, settings["r"], settings["lora_alpha"])
     # Compared from `layers.` on: where the decoder sits in the model differs between versions of transformers.
     tail = lambda name: name.split("layers.", 1)[1].removesuffix(".weight")
@@ -913,7 +948,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     rollout = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
     completion_ids, completion_mask, truncated = rollout  # [B, 2, G/2, C] twice, [B, 2, G/2]
     loss_mask = completion_mask * ~truncated[..., None]  # [B, 2, G/2, C]; a cut answer teaches nothing
-    n_tokens = loss_mask.sum()
+    n_tokens = sum_over_ranks(loss_mask.sum())
     clock("rollout")
 
     # 3. Score the texts: Eq. (3), the references, Eq. (6).
@@ -956,9 +991,12 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
             part.backward()
             loss += part.item()
             clock("backward")
-        # 8. Update LoRA's weights.
+        # 8. Update LoRA's weights, unless a number ran away.
+        loss = sum_gradients_over_ranks(parameters, loss)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-        optimizer.step()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            optimizer.step()
         optimizer.zero_grad()
         clock("optimizer")
 
@@ -967,7 +1005,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
                           "length": completion_mask.sum(-1)}, rep, beh, references)
     terms = {"acc": acc, "fmt": fmt, "reward": rewards, "advantage": advantages}
     story = first_group(questions[0], completions, terms, rep, beh, references)
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "tokens": completion_mask.sum().item()}
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite), "tokens": completion_mask.sum().item()}
     return metrics | {f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}, story
 
 
@@ -999,7 +1037,8 @@ def answer_greedily(lm, questions, extract, cfg, start=0):
 
     Begins at question `start`. An output in which no option is found has the answer None and counts as wrong.
     """
-    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc="evaluate", unit="batch", leave=False):
+    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc="evaluate", unit="batch", leave=False,
+                      disable=RANK > 0):
         batch = [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
         ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
         completions = lm.decode(ids, mask)  # b * 2 strings
@@ -1012,8 +1051,11 @@ def answer_greedily(lm, questions, extract, cfg, start=0):
 
 def evaluate(lm, questions, extract, cfg):
     """Accuracy of greedy answers to every question, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
-    records = [record for batch in answer_greedily(lm, questions, extract, cfg) for record in batch]
-    return {m: sum(r["right"] for r in records if r["modality"] == m) / len(questions) for m in MODALITIES}
+    share = questions.select(range(RANK, len(questions), RANKS))
+    records = [record for batch in answer_greedily(lm, share, extract, cfg) for record in batch]
+    right = [sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES]
+    right = sum_over_ranks(torch.tensor(right, device=lm.device)).tolist()
+    return {m: count / len(questions) for m, count in zip(MODALITIES, right)}
 
 
 # ======================================================================================================================
@@ -1043,34 +1085,168 @@ def prepare(lm, cfg):
         lm.checkpoint_layers()
     print(parameter_table(lm))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed)
+    return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed + 1_000_003 * RANK)
 
 
-def train(lm, questions, eval_questions, embedder, extract, cfg):
-    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation."""
+def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
+    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation.
+
+    Goes on from the checkpoint `last` if it is not None. Ctrl-C and SIGTERM save a checkpoint before they end the run.
+    Raises UserError after ten steps in a row without a finite loss and gradient.
+    """
     out, B = Path(cfg.out), cfg.questions_per_step
     optimizer, generator = prepare(lm, cfg)
     order, steps = data_order(len(questions), cfg)
+    done = load_checkpoint(last, optimizer, generator) if last else 0
+    files = [keep_lines(out / name, done) if RANK == 0 else Path(os.devnull) for name in ("log.jsonl", "samples.jsonl")]
+    signals, skipped = [], 0
 
-    with open(out / "log.jsonl", "w") as log, open(out / "samples.jsonl", "w") as samples:
-        bar = tqdm(range(1, steps + 1), desc="TARS", unit="step")
+    def heard(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the end of the step
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, heard)
+    with open(files[0], "a") as log, open(files[1], "a") as samples:
+        bar = tqdm(range(done + 1, steps + 1), desc="TARS", unit="step", initial=done, total=steps, disable=RANK > 0)
         for step in bar:
             start = time.perf_counter()
-            batch = [questions[i] for i in order[(step - 1) * B : step * B]]
+            batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
             metrics, story = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
-            metrics = {"step": step, **metrics, "lr": lr, "seconds": time.perf_counter() - start}
+            metrics = mean_over_ranks({**metrics, "seconds": time.perf_counter() - start, "stop": float(bool(signals))})
+            stop = metrics.pop("stop") > 0
+            metrics = {"step": step, **metrics, "lr": lr}
             if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
                 accuracy = evaluate(lm, eval_questions, extract, cfg)
                 metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
-            print(json.dumps(metrics), file=log, flush=True)
+            print(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}), file=log, flush=True)
             bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
                                            for m in MODALITIES))
             if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
                 print(json.dumps({"step": step, **story}), file=samples, flush=True)
                 tqdm.write(side_by_side(step, story))
-    save_adapter(lm, out, cfg)
+            if step < steps and (stop or step % cfg.save_every == 0):
+                save_checkpoint(optimizer, generator, step, before, cfg)
+            if step < steps and stop:
+                raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume goes on from there")
+            skipped = skipped + 1 if metrics["skipped"] else 0
+            if skipped == 10:
+                raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: look at "
+                                f"loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+    if RANK == 0:
+        save_adapter(lm, out, cfg)
     return accuracy
+
+
+class Stopped(UserError):
+    """Ctrl-C or SIGTERM: the checkpoint is written, the run can go on."""
+
+
+def save_checkpoint(optimizer, generator, step, before, cfg):
+    """Write LoRA weights, AdamW's state and the generators' states after `step`; keep the last two checkpoints."""
+    states = gather_over_ranks(generator.get_state())
+    if RANK:
+        return
+    tensors = {f"generator.{rank}": state for rank, state in enumerate(states)}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        tensors |= {f"lora.{i}": p.detach()} | {f"adamw.{i}.{key}": value for key, value in optimizer.state[p].items()}
+    notes = {"tars": json.dumps({"step": step, "before": before, "config": comparable(cfg)})}
+    folder = Path(cfg.out) / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_aside(folder / f"step-{step:07}.safetensors", lambda path: save_file(tensors, path, notes))
+    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def comparable(cfg):
+    """The settings that a resumed run must share with the one it continues."""
+    return {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "save_every", "aux_device")} | {"ranks": RANKS}
+
+
+def find_checkpoint(cfg):
+    """The checkpoint to go on from and its notes, or None twice to begin at the beginning.
+
+    Raises UserError if there is none to go on from, if it was made with other settings, or if it would be lost.
+    """
+    found = sorted((Path(cfg.out) / "checkpoints").glob("step-*.safetensors"))
+    if not found:
+        if cfg.resume == "last":
+            raise UserError(f"--resume: {cfg.out} holds no checkpoint to go on from")
+        return None, None
+    if not cfg.resume:
+        if not (Path(cfg.out) / "summary.json").exists():
+            raise UserError(f"{cfg.out} holds the checkpoints of an unfinished run: go on with --resume, remove it, or give "
+                            "another --out")
+        return None, None
+    with safe_open(found[-1], "pt") as file:
+        notes = json.loads(file.metadata()["tars"])
+    if other := [k for k, v in comparable(cfg).items() if notes["config"].get(k) != v]:
+        raise UserError(f"--resume: {found[-1]} was made with another {', '.join(other)}: give the same, or another --out")
+    return found[-1], notes
+
+
+def load_checkpoint(path, optimizer, generator):
+    """Put weights, AdamW's state and the generator back where they were. Returns the step."""
+    tensors, parameters = load_file(path), optimizer.param_groups[0]["params"]
+    state = {i: {} for i in range(len(parameters))}
+    for name, tensor in tensors.items():
+        kind, i, *key = name.split(".")
+        if kind == "lora":
+            parameters[int(i)].data.copy_(tensor)
+        elif kind == "adamw":
+            state[int(i)][key[0]] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    generator.set_state(tensors[f"generator.{RANK}"])
+    return int(path.stem.removeprefix("step-"))
+
+
+def keep_lines(file, step):
+    """Cut a log back to the lines up to `step`: what came after the checkpoint is done again."""
+    lines = file.read_text().splitlines(keepends=True) if step else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_aside(file, lambda aside: aside.write_text("".join(kept)))
+    return file
+
+
+# Several processes, started by torchrun: each takes every RANKS-th question; LoRA's gradients are summed, since the loss
+# is already divided by the tokens of all. One process needs none of it.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def sum_over_ranks(x):
+    """A tensor -> its sum over all processes."""
+    if RANKS > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def sum_gradients_over_ranks(parameters, loss):
+    """Sum the gradients and the loss over all processes, in one message. Returns the loss."""
+    if RANKS == 1:
+        return loss
+    flat = sum_over_ranks(torch.cat([*(p.grad.flatten() for p in parameters), parameters[0].new_tensor([loss])]))
+    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters] + [1])):
+        p.grad.copy_(gradient.view_as(p))
+    return flat[-1].item()
+
+
+def mean_over_ranks(metrics):
+    """Numbers of this process's questions -> of all."""
+    device = default_device() if RANKS > 1 else "cpu"
+    means = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)) / RANKS
+    return dict(zip(metrics, means.tolist()))
+
+
+def gather_over_ranks(state):
+    """A CPU tensor -> the list of those of all processes."""
+    if RANKS == 1:
+        return [state]
+    state = state.to(default_device())
+    states = [torch.empty_like(state) for _ in range(RANKS)]
+    dist.all_gather(states, state)
+    return [state.cpu() for state in states]
 
 
 # ======================================================================================================================
@@ -1213,6 +1389,8 @@ def write_json(path, content):
 
 def build_demo(folder):
     """Make the offline demo's data and base model with data_prep.py."""
+    if RANKS > 1:
+        raise UserError(f"{folder} is not there yet: make it first with `python data_prep.py demo`, in one process")
     print(f"{folder} is not there yet: building the offline demo (once, about 4 minutes)")
     command = [sys.executable, Path(__file__).with_name("data_prep.py"), "demo", "--out", folder]
     if subprocess.run(command).returncode:
@@ -1224,13 +1402,19 @@ def check(cfg):
     if cfg.group_size < 4 or cfg.group_size % 2:
         raise UserError(f"--group-size {cfg.group_size}: give an even number from 4 on, half spoken and half written")
     for name in ("questions_per_step", "max_new_tokens", "micro_batch", "eval_batch", "lora_rank",
-                 "updates_per_rollout", "temperature"):
+                 "updates_per_rollout", "temperature", "lora_alpha", "epochs", "save_every"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give a number above 0")
+    if cfg.questions_per_step % RANKS:
+        raise UserError(f"--questions-per-step {cfg.questions_per_step}: give a multiple of the {RANKS} processes")
 
 
 def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
+    if RANKS > 1:
+        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     cfg = parse_config(arguments, build_demo)
     check(cfg)
     if cfg.random_weights:
@@ -1241,12 +1425,19 @@ def main(arguments=None):
     layer_slice(cfg.layers, len(lm.decoder.layers))
     if cfg.explain:
         return explain(lm, questions[0], embedder, extract, cfg)
+    last, notes = find_checkpoint(cfg)
+    sum_over_ranks(torch.zeros(1, device=lm.device))  # nobody removes anything before all have looked
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", asdict(cfg))
+    if RANK == 0 and last is None:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        (out / "summary.json").unlink(missing_ok=True)
+        write_json(out / "config.json", asdict(cfg))
 
-    before = evaluate(lm, eval_questions, extract, cfg)
-    after = train(lm, questions, eval_questions, embedder, extract, cfg)
+    before = notes["before"] if notes else evaluate(lm, eval_questions, extract, cfg)
+    after = train(lm, questions, eval_questions, embedder, extract, cfg, before, last)
+    if RANK:
+        return
     mrr = [modality_recovery_rate(accuracy["speech"], before["text"]) for accuracy in (before, after)]
     write_json(out / "summary.json", {
         "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],
@@ -1258,8 +1449,22 @@ def main(arguments=None):
     print(f"adapter, log and samples are in {out}/")
 
 
-if __name__ == "__main__":
+def run(program, main):
+    """Run a program's main(): whatever its user can mend ends in one line on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except UserError as error:
-        sys.exit(print(f"tars.py: {error}", file=sys.stderr) or 2)
+        message, code = str(error), 130 if isinstance(error, Stopped) else 2
+    except torch.OutOfMemoryError:
+        message, code = (f"out of GPU memory at {peak_memory(torch.device('cuda')):.1f} GiB: lower --micro-batch, "
+                         "--max-new-tokens or --questions-per-step, or leave out long clips (data_prep.py --max-seconds); "
+                         "the last checkpoint is good, --resume goes on from it"), 2
+    except OSError as error:  # an unwritable folder, a full disk
+        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    sys.exit(print(f"{program}: {message}", file=sys.stderr) or code)
+
+
+if __name__ == "__main__":
+    run("tars.py", main)
