@@ -257,6 +257,8 @@ def curves(args):
         steps = np.array([line["step"] for line in log])
         for axis, (key, label) in zip(axes.flat, panels):
             values = np.array([line["acc_speech"] / base_text if key == "mrr" else line[key] for line in log])
+            if not values.any():  # a reward that this run did not compute
+                continue
             values = values * (100 if key == "mrr" or key.startswith("acc") else 1)
             smooth = np.convolve(values, np.ones(window := min(20, len(values))) / window, "valid")
             drawn = axis.plot(steps[window - 1 :], smooth, label=Path(run).name)[0]

@@ -68,7 +68,7 @@ import textwrap
 import time
 import wave
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import zip_longest
@@ -116,8 +116,8 @@ class UserError(Exception):
 # ======================================================================================================================
 def setting(default, meaning, paper="", **flag):
     """A field of Config: its default, what it is, where the paper gives it (empty: nowhere), more for its flag."""
-    note = f"{default}; {paper}" if paper else default
-    return field(default=default, metadata={"help": f"{meaning} [{note}]", "flag": flag})
+    note = "; ".join(str(part) for part in (default, paper) if part != "")
+    return field(default=default, metadata={"help": f"{meaning} [{note}]" if note else meaning, "flag": flag})
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Config:
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
     save_every: int = setting(50, "checkpoint every so many steps; the last two are kept")
     resume: str = setting("", "go on from --out's last checkpoint; `--resume auto`: if there is one", nargs="?",
-                          const="last", choices=("last", "auto"))
+                          const="last", choices=("last", "auto"), metavar="auto")
     sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
     # other things to do than to train
     explain: bool = setting(False, "work one group through on paper, equation by equation, and stop")
@@ -562,12 +562,12 @@ class SpeechLM:
         return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
                             use_cache=cache is not None).last_hidden_state
 
-    def forward(self, prompts, completion_ids, completion_mask, temperature):
+    def forward(self, prompts, completion_ids, completion_mask, temperature, pool=True):
         """The paired forward: log-probs and pooled hidden states of given completions, in one pass.
 
         prompts: [N, P, H], completion_ids and completion_mask: [N, G/2, C]. Returns per_token_logps [N, G/2, C] with
-        gradient and, detached, Eq. (4) for every layer [N, G/2, L, H]. Neither all layers of all tokens nor logits of
-        all tokens ever exist. The completions of a prompt share its row, so that the prompt is read once for them all:
+        gradient and, detached, Eq. (4) for every layer [N, G/2, L, H] (None without `pool`). Neither all layers of all
+        tokens nor logits of all tokens ever exist. The completions of a prompt share its row, so that the prompt is read once for them all:
 
             row          prompt          | answer 1        | answer 2        | ...
             positions    0 1 2 ... p-1   | p p+1 p+2 ...   | p p+1 p+2 ...   | ...
@@ -584,7 +584,7 @@ class SpeechLM:
         # A padded position sees itself: softmax over nothing would be NaN.
         itself = torch.eye(len(part), dtype=torch.bool, device=self.device)  # [T, T]
         mask = (sees & present[:, None, None, :]) | itself  # [N, 1, T, T]
-        with self._pooling(P, completion_mask) as pooled:
+        with self._pooling(P, completion_mask) if pool else nullcontext() as pooled:
             hidden = self._decode(embeds, mask, position_ids)  # [N, T, H]
         answers = hidden[:, P:].unflatten(1, (half, C))  # [N, G/2, C, H]
         # The state before a token predicts it; before an answer's first token stands the prompt's last.
@@ -592,7 +592,7 @@ class SpeechLM:
         predicts = torch.cat([first, answers[:, :, :-1]], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
         logps = [checkpoint(self._token_logps, h, ids, temperature, use_reentrant=False)
                  for h, ids in zip(predicts.split(1024), completion_ids.flatten().split(1024))]
-        return torch.cat(logps).view(N, half, C), torch.stack(pooled, dim=2)
+        return torch.cat(logps).view(N, half, C), torch.stack(pooled, dim=2) if pool else None
 
     def _token_logps(self, hidden, ids, temperature):
         return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
@@ -960,24 +960,27 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     fmt = as_group([format_reward(completion) for completion in completions])
     base = base_reward(acc, fmt, cfg.lam)  # [B, 2, G/2]
     references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
-    sentences = embedder.embed(completions).to(lm.device).view(B, 2, half, -1)  # [B, 2, G/2, D]
-    beh = against_references(behavior_reward, sentences, references)  # [B, G/2]
+    rep, beh = base.new_zeros(2, B, half)  # [B, G/2] each
+    rewards, advantages = base.clone(), torch.zeros_like(base)  # [B, 2, G/2]
+    if cfg.beta:  # plain GRPO pays for nothing of this
+        sentences = embedder.embed(completions).to(lm.device).view(B, 2, half, -1)  # [B, 2, G/2, D]
+        beh = against_references(behavior_reward, sentences, references)  # [B, G/2]
     clock("rewards")
 
-    rep, rewards, advantages = torch.zeros_like(beh), base.clone(), torch.zeros_like(base)
     old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
         for group in torch.arange(B, device=lm.device).split(cfg.micro_batch):  # whole groups: b questions
             # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
             ids, mask = completion_ids[group].flatten(0, 1), completion_mask[group].flatten(0, 1)  # [b * 2, G/2, C]
-            logps, states = lm.forward(prompts.rows(group), ids, mask, cfg.temperature)
+            logps, states = lm.forward(prompts.rows(group), ids, mask, cfg.temperature, pool=cfg.alpha != 0)
             clock("forward")
             if update == 0:
                 # 5. Rewards: Eq. (5), and Eq. (2) for speech only. Written answers keep R_base.
-                states = states.unflatten(0, (-1, 2)).float()  # [b, 2, G/2, L, H]
-                states = states[..., layer_slice(cfg.layers, states.shape[-2]), :]
-                rep[group] = against_references(representation_reward, states, references[group])
+                if cfg.alpha:
+                    states = states.unflatten(0, (-1, 2)).float()  # [b, 2, G/2, L, H]
+                    states = states[..., layer_slice(cfg.layers, states.shape[-2]), :]
+                    rep[group] = against_references(representation_reward, states, references[group])
                 rewards[group, 0] = total_reward(base[group, 0], rep[group], beh[group], cfg.alpha, cfg.beta)
                 # 6. Advantages: Eq. (7).
                 advantages[group] = modality_advantages(rewards[group], cfg.joint_norm)
