@@ -22,6 +22,7 @@ import unicodedata
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -447,7 +448,8 @@ def parse_prompt(prompt):
     openings = list(re.finditer(r"^[ \t]*([A-Z])\.[ \t]+", prompt, re.MULTILINE))
     letters = "".join(opening[1] for opening in openings)
     if letters != LETTERS:
-        raise Lost("other than four options" if letters in ("AB", "ABC", "ABCDE", "ABCDEF") else "options not recognised")
+        other = letters in ("AB", "ABC", "ABCDE", "ABCDEF")
+        raise Lost("other than four options" if other else "options not recognised")
     ends = [opening.start() for opening in openings[1:]] + [len(prompt)]
     options = [prompt[opening.end() : end] for opening, end in zip(openings, ends)]
     options[3], *instruction = re.split(INSTRUCTION, options[3], maxsplit=1)
@@ -495,12 +497,12 @@ def from_mmlu(index, row, args):
 # ======================================================================================================================
 # 6. Speaking and listening with models
 # ======================================================================================================================
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen").split()
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen").split()
 TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-SYMBOLS = {"%": "percent", "&": "and", "@": "at", "*": "times", "/": "over", "+": "plus", "=": "equals", "^": "to the power of",
-           "<": "is less than", ">": "is greater than", "$": "dollar", "\N{MULTIPLICATION SIGN}": "times",
-           "\N{DIVISION SIGN}": "divided by", "\N{DEGREE SIGN}": "degrees", "#": "number"}
+SYMBOLS = {"%": "percent", "&": "and", "@": "at", "*": "times", "/": "over", "+": "plus", "=": "equals", "#": "number",
+           "^": "to the power of", "<": "is less than", ">": "is greater than", "$": "dollar",
+           "\N{MULTIPLICATION SIGN}": "times", "\N{DIVISION SIGN}": "divided by", "\N{DEGREE SIGN}": "degrees"}
 
 
 def number_words(n):
@@ -541,8 +543,8 @@ def spell_out(text):
     return re.sub(r"\s+(?=\.)", "", " ".join("".join(map(symbol, text)).lower().split()))
 
 
-CONTRACTIONS = {"won't": "will not", "can't": "can not", "let's": "let us", "n't": " not", "'re": " are", "'ll": " will",
-                "'ve": " have", "'m": " am", "'d": " would"}
+CONTRACTIONS = {"won't": "will not", "can't": "can not", "let's": "let us", "n't": " not", "'re": " are",
+                "'ll": " will", "'ve": " have", "'m": " am", "'d": " would"}
 
 
 def spoken_words(text):
@@ -569,7 +571,8 @@ class Voice:
     """Text to speech with a VITS model such as facebook/mms-tts-eng."""
 
     def __init__(self, name, device):
-        self.tokenizer, self.model = AutoTokenizer.from_pretrained(name), VitsModel.from_pretrained(name).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = VitsModel.from_pretrained(name).to(device).eval()
 
     @torch.no_grad()
     def speak(self, text, seed):
@@ -587,7 +590,8 @@ class Listener:
     """Speech to text with Whisper."""
 
     def __init__(self, name, device):
-        self.extractor, self.tokenizer = WhisperFeatureExtractor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        self.extractor = WhisperFeatureExtractor.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.model = WhisperForConditionalGeneration.from_pretrained(name).to(device).eval()
 
     @torch.no_grad()
@@ -595,8 +599,9 @@ class Listener:
         """Waveform [T] at 16 kHz, of any length -> text."""
         # Whisper hears windows of 30 s: a shorter clip is padded to one, a longer one is heard window by window.
         long = len(waveform) > self.extractor.n_samples
-        features = self.extractor(np.asarray(waveform), sampling_rate=SAMPLE_RATE, return_tensors="pt", truncation=not long,
-                                  padding="longest" if long else "max_length", return_attention_mask=True)
+        features = self.extractor(np.asarray(waveform), sampling_rate=SAMPLE_RATE, truncation=not long,
+                                  padding="longest" if long else "max_length", return_attention_mask=True,
+                                  return_tensors="pt")
         ids = self.model.generate(**features.to(self.model.device), return_timestamps=long)
         return self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
@@ -604,18 +609,22 @@ class Listener:
 # ======================================================================================================================
 # 7. From a source to a data set, resumably
 # ======================================================================================================================
-class Source:
-    """Where a source's rows are, which columns it must have, and the function that makes ours of one."""
+class Source(NamedTuple):
+    """Where a source's rows are, which columns they must have, and the function that makes ours of one."""
 
-    def __init__(self, origin, config, split, columns, make_row):
-        self.origin, self.config, self.split, self.columns, self.make_row = origin, config, split, set(columns), make_row
+    origin: str
+    config: str | None
+    split: str | None  # None: all splits
+    columns: tuple
+    make_row: callable
 
 
+HEARD = ("audio", "prompt", "reference")
 SOURCES = {
-    "tars": Source("yuantuo666/MMLU_FULL-full_train_hf_format.merged.v1", None, "train", COLUMNS, from_tars),
+    "tars": Source("yuantuo666/MMLU_FULL-full_train_hf_format.merged.v1", None, "train", tuple(COLUMNS), from_tars),
     "mmlu": Source("cais/mmlu", "all", "auxiliary_train", ("question", "subject", "choices", "answer"), from_mmlu),
-    "voicebench-mmsu": Source("hlt-lab/voicebench", "mmsu", None, ("audio", "prompt", "reference"), from_voicebench),
-    "voicebench-obqa": Source("hlt-lab/voicebench", "openbookqa", "test", ("audio", "prompt", "reference"), from_voicebench),
+    "voicebench-mmsu": Source("hlt-lab/voicebench", "mmsu", None, HEARD, from_voicebench),
+    "voicebench-obqa": Source("hlt-lab/voicebench", "openbookqa", "test", HEARD, from_voicebench),
 }
 
 
@@ -629,7 +638,8 @@ def open_source(source, origin):
         if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(origin)
         elif place.exists():
-            files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".parquet", ".arrow"))
+            files = [place] if place.is_file() else sorted(place.rglob("*"))
+            files = [p for p in files if p.suffix in (".parquet", ".arrow")]
             # Of a copy of a whole repository, only this source's configuration.
             files = [p for p in files if source.config in p.parts] or files
             if not files:
@@ -642,8 +652,9 @@ def open_source(source, origin):
         raise UserError(f"{origin} cannot be read, here or on the hub: {str(error).splitlines()[0]}") from error
     if isinstance(rows, dict):  # several splits, such as one a subject
         rows = datasets.concatenate_datasets([rows[source.split]] if source.split in rows else list(rows.values()))
-    if missing := source.columns - set(rows.column_names):
-        raise UserError(f"{origin} lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}")
+    if missing := set(source.columns) - set(rows.column_names):
+        raise UserError(f"{origin} lacks the column(s) {', '.join(sorted(missing))}; "
+                        f"it has {', '.join(rows.column_names)}")
     return rows.cast_column("audio", datasets.Audio(decode=False)) if "audio" in rows.column_names else rows
 
 
@@ -688,8 +699,13 @@ def convert(name, args):
             print(json.dumps(line), file=progress, flush=True)
     kept = [line for line in done if "row" in line]
     if not kept:
-        raise UserError(f"no row of {args.origin or source.origin} is left: " + "; ".join({line["lost"] for line in done}))
-    read = lambda lines: ({**line["row"], "audio": {"bytes": (part / line["clip"]).read_bytes(), "path": None}} for line in lines)
+        reasons = "; ".join(sorted({line["lost"] for line in done}))
+        raise UserError(f"no row of {args.origin or source.origin} is left: {reasons}")
+
+    def read(lines):
+        for line in lines:
+            yield {**line["row"], "audio": {"bytes": (part / line["clip"]).read_bytes(), "path": None}}
+
     questions = datasets.Dataset.from_generator(read, gen_kwargs={"lines": kept}, cache_dir=str(part / "cache"))
     questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
     (part / "data").rename(out)

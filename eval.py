@@ -140,7 +140,8 @@ def compare(args, cfg, sets):
             base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
         rows.append(row_of(name, measured, base_text))
         if name == "base" and args.cascade:
-            listener, name = load_helper(Listener, "--cascade", args.cascade, default_device()), f"cascade {args.cascade}"
+            listener = load_helper(Listener, "--cascade", args.cascade, default_device())
+            name = f"cascade {args.cascade}"
             rows.append(row_of(name, {data: {"speech": kept(
                 name, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
                 for data, questions in sets.items()}, base_text))
@@ -250,8 +251,9 @@ def curves(args):
     """Draw reward terms, accuracy in roll-outs and on the evaluation set, and MRR over steps, from each run's log."""
     plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-    panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"), ("beh_speech", "R_beh (cosine)"),
-              ("acc_speech", "spoken accuracy, %"), ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"))
+    panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"),
+              ("beh_speech", "R_beh (cosine)"), ("acc_speech", "spoken accuracy, %"),
+              ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"))
     for run in args.curves:
         log, base_text = read_run(run)
         steps = np.array([line["step"] for line in log])

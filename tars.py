@@ -185,9 +185,9 @@ def parse_config(arguments, build_demo):
                                      description="setting: meaning [default; where the paper gives it]",
                                      formatter_class=table)
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""} | f.metadata["flag"]
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
         flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind | f.metadata["flag"])
     flags = vars(parser.parse_args(arguments))
     model = Path(flags.get("model", Config.model))
     if str(model) == Config.model and not model.exists():
@@ -224,7 +224,7 @@ def load_questions(path):
     except (OSError, ValueError, IndexError) as error:  # the last: `datasets` cannot read back an empty one
         raise UserError(f"{path} is no data set directory, or an empty one: write one with data_prep.py") from error
     if isinstance(questions, dict):
-        raise UserError(f"{path} holds several data sets: give one of {', '.join(f'{path}/{part}' for part in questions)}")
+        raise UserError(f"{path} holds several data sets: give one of its parts, {', '.join(questions)}")
     if missing := COLUMNS - set(questions.column_names):
         raise UserError(f"{path} lacks the column(s) {', '.join(sorted(missing))}: write it anew with data_prep.py")
     columns = (questions[column] for column in ("key", "question", "options", "answer_index"))
@@ -348,7 +348,7 @@ class Phi4Multimodal:
 
     @staticmethod
     def load(path, revision, **options):
-        """The model with its own speech-lora merged: W += (alpha / r) B A. Without it, it does not understand speech."""
+        """The model with its own speech-lora merged: W += (alpha / r) B A. Without it, it hears badly."""
         model = Phi4MultimodalForCausalLM.from_pretrained(path, revision=revision, **options)
         fetch = lambda name: cached_file(path, f"speech-lora/{name}", revision=revision)
         settings = json.loads(Path(fetch("adapter_config.json")).read_text())
@@ -424,7 +424,7 @@ def byte_tokenizer(front):
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    template = front.before_user + front.before_audio + front.after_audio + front.after_user + "".join(front.end_of_turn)
+    template = "".join([front.before_user, front.before_audio, front.after_audio, front.after_user, *front.end_of_turn])
     control = sorted(set(re.findall(r"<\|\w+\|>", template)))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -512,7 +512,8 @@ class SpeechLM:
 
     def prompts(self, user_turns):
         """User turns [tokens, H], a list of B lists of M -> Prompts [B, M, P, H] around them, padded on the left."""
-        before, after = (self.embed_text(text, special=True) for text in (self.front.before_user, self.front.after_user))
+        before = self.embed_text(self.front.before_user, special=True)
+        after = self.embed_text(self.front.after_user, special=True)
         rows = [torch.cat([before, turn, after]) for turns in user_turns for turn in turns]  # B*M of [P, H]
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # [B*M, P, H]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
@@ -567,7 +568,8 @@ class SpeechLM:
 
         prompts: [N, P, H], completion_ids and completion_mask: [N, G/2, C]. Returns per_token_logps [N, G/2, C] with
         gradient and, detached, Eq. (4) for every layer [N, G/2, L, H] (None without `pool`). Neither all layers of all
-        tokens nor logits of all tokens ever exist. The completions of a prompt share its row, so that the prompt is read once for them all:
+        tokens nor logits of all tokens ever exist. The completions of a prompt share its row, so that the prompt is
+        read once for them all:
 
             row          prompt          | answer 1        | answer 2        | ...
             positions    0 1 2 ... p-1   | p p+1 p+2 ...   | p p+1 p+2 ...   | ...
@@ -931,6 +933,37 @@ class Clock:
         self.last = now
 
 
+class Texts(NamedTuple):
+    """What the answers of a step, as texts, are worth."""
+
+    completions: list  # B * 2 * G/2 strings, in row order
+    answers: list  # of each the option it settles on, "A".."D" or None
+    acc: torch.Tensor  # [B, 2, G/2], R_acc
+    fmt: torch.Tensor  # [B, 2, G/2], R_fmt
+    unparsed: torch.Tensor  # [B, 2, G/2], 1 where there is no option
+    base: torch.Tensor  # [B, 2, G/2], R_base of Eq. (3)
+    references: torch.Tensor  # [B, G/2], y*_text of each spoken answer, -1 where there is none
+    beh: torch.Tensor  # [B, G/2], R_beh of Eq. (6); 0 where its weight is 0, for plain GRPO pays for none of it
+
+
+def score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator):
+    """All rewards that the completions [B, 2, G/2, C] earn as texts -> Texts."""
+    group = completion_ids.shape[:-1]  # B, 2, G/2
+    completions = lm.decode(completion_ids, completion_mask)  # B * 2 * G/2 strings
+    asked = [question for question in questions for _ in range(group[1] * group[2])]  # the question of each string
+    answers = extract(asked, completions)
+    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(group)
+    acc = as_group([answer == LETTERS[question["answer_index"]] for answer, question in zip(answers, asked)])
+    fmt = as_group([format_reward(completion) for completion in completions])
+    references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
+    beh = torch.zeros_like(acc[:, 0])  # [B, G/2]
+    if cfg.beta:
+        sentences = embedder.embed(completions).to(lm.device).view(*group, -1)  # [B, 2, G/2, D]
+        beh = against_references(behavior_reward, sentences, references)
+    unparsed = as_group([answer is None for answer in answers])
+    return Texts(completions, answers, acc, fmt, unparsed, base_reward(acc, fmt, cfg.lam), references, beh)
+
+
 def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     """One step of TARS on B questions. Returns the numbers to log and the first group's story for a person to read.
 
@@ -952,21 +985,12 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     clock("rollout")
 
     # 3. Score the texts: Eq. (3), the references, Eq. (6).
-    completions = lm.decode(completion_ids, completion_mask)  # B * 2 * G/2 strings
-    asked = [question for question in questions for _ in range(2 * half)]  # the question of each string
-    answers = extract(asked, completions)  # "A".."D" or None each
-    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(B, 2, half)
-    acc = as_group([answer == LETTERS[question["answer_index"]] for answer, question in zip(answers, asked)])
-    fmt = as_group([format_reward(completion) for completion in completions])
-    base = base_reward(acc, fmt, cfg.lam)  # [B, 2, G/2]
-    references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
-    rep, beh = base.new_zeros(2, B, half)  # [B, G/2] each
-    rewards, advantages = base.clone(), torch.zeros_like(base)  # [B, 2, G/2]
-    if cfg.beta:  # plain GRPO pays for nothing of this
-        sentences = embedder.embed(completions).to(lm.device).view(B, 2, half, -1)  # [B, 2, G/2, D]
-        beh = against_references(behavior_reward, sentences, references)  # [B, G/2]
+    texts = score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator)
+    base, beh, references = texts.base, texts.beh, texts.references
     clock("rewards")
 
+    rep = torch.zeros_like(beh)  # [B, G/2]
+    rewards, advantages = base.clone(), torch.zeros_like(base)  # [B, 2, G/2]
     old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
@@ -1003,12 +1027,12 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
         optimizer.zero_grad()
         clock("optimizer")
 
-    metrics = step_means({"reward": rewards, "acc": acc, "fmt": fmt, "truncated": truncated,
-                          "unparsed": as_group([answer is None for answer in answers]),
-                          "length": completion_mask.sum(-1)}, rep, beh, references)
-    terms = {"acc": acc, "fmt": fmt, "reward": rewards, "advantage": advantages}
-    story = first_group(questions[0], completions, terms, rep, beh, references)
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite), "tokens": completion_mask.sum().item()}
+    terms = {"acc": texts.acc, "fmt": texts.fmt, "reward": rewards, "advantage": advantages}
+    story = first_group(questions[0], texts.completions, terms, rep, beh, references)
+    metrics = step_means({"reward": rewards, "acc": texts.acc, "fmt": texts.fmt, "truncated": truncated,
+                          "unparsed": texts.unparsed, "length": completion_mask.sum(-1)}, rep, beh, references)
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite)}
+    metrics["tokens"] = completion_mask.sum().item()
     return metrics | {f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}, story
 
 
@@ -1081,7 +1105,7 @@ def data_order(count, cfg):
 
 
 def prepare(lm, cfg):
-    """Make a base model trainable: attach LoRA, say what is trained. Returns the optimizer and the roll-outs' generator."""
+    """Attach LoRA to a base model and say what is trained. Returns the optimizer and the roll-outs' generator."""
     torch.manual_seed(cfg.seed)
     parameters = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
     if cfg.gradient_checkpointing:
@@ -1132,11 +1156,11 @@ def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
             if step < steps and (stop or step % cfg.save_every == 0):
                 save_checkpoint(optimizer, generator, step, before, cfg)
             if step < steps and stop:
-                raise Stopped(f"stopped after step {step} of {steps}; the same command with --resume goes on from there")
+                raise Stopped(f"stopped after step {step} of {steps}: the same command with --resume goes on there")
             skipped = skipped + 1 if metrics["skipped"] else 0
             if skipped == 10:
-                raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: look at "
-                                f"loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+                raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
+                                f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
     if RANK == 0:
         save_adapter(lm, out, cfg)
     return accuracy
@@ -1165,7 +1189,8 @@ def save_checkpoint(optimizer, generator, step, before, cfg):
 
 def comparable(cfg):
     """The settings that a resumed run must share with the one it continues."""
-    return {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "save_every", "aux_device")} | {"ranks": RANKS}
+    free = ("out", "resume", "save_every", "aux_device")
+    return {k: v for k, v in asdict(cfg).items() if k not in free} | {"ranks": RANKS}
 
 
 def find_checkpoint(cfg):
@@ -1180,13 +1205,13 @@ def find_checkpoint(cfg):
         return None, None
     if not cfg.resume:
         if not (Path(cfg.out) / "summary.json").exists():
-            raise UserError(f"{cfg.out} holds the checkpoints of an unfinished run: go on with --resume, remove it, or give "
-                            "another --out")
+            raise UserError(f"{cfg.out} holds the checkpoints of an unfinished run: go on with --resume, remove it, or "
+                            "give another --out")
         return None, None
     with safe_open(found[-1], "pt") as file:
         notes = json.loads(file.metadata()["tars"])
     if other := [k for k, v in comparable(cfg).items() if notes["config"].get(k) != v]:
-        raise UserError(f"--resume: {found[-1]} was made with another {', '.join(other)}: give the same, or another --out")
+        raise UserError(f"--resume: {found[-1]} was made with another {', '.join(other)}: give the same ones")
     return found[-1], notes
 
 
@@ -1213,8 +1238,8 @@ def keep_lines(file, step):
     return file
 
 
-# Several processes, started by torchrun: each takes every RANKS-th question; LoRA's gradients are summed, since the loss
-# is already divided by the tokens of all. One process needs none of it.
+# Several processes, started by torchrun: each takes every RANKS-th question; LoRA's gradients are summed, since the
+# loss is already divided by the tokens of all. One process needs none of it.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1258,66 +1283,93 @@ def gather_over_ranks(state):
 def explain(lm, question, embedder, extract, cfg):
     """--explain: one group worked through as on paper, each equation with its numbers put in, within 100 columns."""
     half, generator = cfg.group_size // 2, torch.Generator(lm.device).manual_seed(cfg.seed)
-    names = [f"{m}{s + 1}" for m in "ST" for s in range(half)]  # S1 S2 ... T1 T2 ...
     prompts = lm.embed([question])  # [1, 2, P, H]
     ids, mask, truncated = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)  # [1, 2, G/2, C]
-    completions = lm.decode(ids, mask)
-    answers, right = extract([question] * 2 * half, completions), LETTERS[question["answer_index"]]
-    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(1, 2, half)
-    acc, fmt = as_group([a == right for a in answers]), as_group([format_reward(c) for c in completions])
-    base = base_reward(acc, fmt, cfg.lam)  # [1, 2, G/2]
-    references = pick_references(acc[:, 1] == 1, generator)  # [1, G/2]
-    beh = against_references(behavior_reward, embedder.embed(completions).to(lm.device).view(1, 2, half, -1), references)
+    texts = score_texts(lm, [question], ids, mask, embedder, extract, cfg, generator)
     with torch.no_grad():
         logps, states = lm.forward(prompts.rows(), ids.flatten(0, 1), mask.flatten(0, 1), cfg.temperature)
     states = states[None, :, :, layer_slice(cfg.layers, states.shape[2])].float()  # [1, 2, G/2, L, H]
-    L = states.shape[3]
-    by_layer = [against_references(representation_reward, states[..., [l], :], references)[0] for l in range(L)]
-    rep = against_references(representation_reward, states, references)
-    rewards = base.clone()
-    rewards[:, 0] = total_reward(base[:, 0], rep, beh, cfg.alpha, cfg.beta)
-    own, joint = modality_advantages(rewards), modality_advantages(rewards, joint=True)
+    by_layer = [against_references(representation_reward, state[..., None, :], texts.references)[0].tolist()
+                for state in states.unbind(3)]  # L lists of G/2 cosines
+    rep = against_references(representation_reward, states, texts.references)  # [1, G/2]
+    rewards = texts.base.clone()
+    rewards[:, 0] = total_reward(texts.base[:, 0], rep, texts.beh, cfg.alpha, cfg.beta)
 
-    def show(title, function, rows):
-        print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
+    print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}\n"
+          f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
+          "to the written one.")
+    explain_texts(texts, half, cfg)
+    explain_rewards(texts, by_layer, rep, rewards, half, cfg)
+    # The token whose loss is shown: from the middle of the answer with the largest advantage.
+    A = modality_advantages(rewards).flatten()
+    best = A.abs().argmax().item()
+    token = int(mask.flatten(0, 2)[best].sum()) // 2
+    name, word = row_names(half)[best], lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item())
+    explain_loss(f"token {token + 1} of {name}, {word!r}", logps.flatten(0, 1)[best, token].item(), A[best].item(),
+                 int((mask * ~truncated[..., None]).sum()), cfg)
 
-    flat = lambda x: x.flatten().tolist()  # [1, 2, G/2] -> S1 S2 ... T1 T2 ...
-    drawn, paired = references[0].tolist(), range(half)
-    reference = [f"T{r + 1}" if r >= 0 else "none: 0" for r in drawn]
-    print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}"
-          f"\nThe right answer is {right}. S answers are to the spoken question, T answers to the written one.")
+
+def row_names(half):
+    """S1 S2 ... T1 T2 ..., in row order."""
+    return [f"{m}{s + 1}" for m in "ST" for s in range(half)]
+
+
+def show(title, function, rows):
+    """A block of --explain: a title, the function of this file that it is about, lines cut at 100 columns."""
+    print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
+
+
+def explain_texts(texts, half, cfg):
+    """The answers, Eq. (3), the references."""
+    names, numbers = row_names(half), zip(texts.acc.flatten(), texts.fmt.flatten(), texts.base.flatten())
     show("The model answers G times, half from speech, half from text", "rollout",
-         [f"  {n}  {textwrap.shorten(c, 94, placeholder=' ...')}" for n, c in zip(names, completions)])
+         [f"  {n}  {textwrap.shorten(c, 94, placeholder=' ...')}" for n, c in zip(names, texts.completions)])
     show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
-         [f"  {n}  answer {a or '-'}:  {x:.0f} + {cfg.lam:g} * {f:.0f} = {r:.2f}"
-          for n, a, x, f, r in zip(names, answers, flat(acc), flat(fmt), flat(base))])
+         [f"  {n}  answer {answer or '-'}:  {acc:.0f} + {cfg.lam:g} * {fmt:.0f} = {base:.2f}"
+          for n, answer, (acc, fmt, base) in zip(names, texts.answers, numbers)])
     show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
-         ["  " + "   ".join(f"{names[s]} -> {reference[s]}" for s in paired)])
+         ["  " + "   ".join(f"{n} -> {reference_name(r)}" for n, r in zip(names, texts.references[0]))])
+
+
+def reference_name(index):
+    """T1, T2, ... or that there is none and the reward 0."""
+    return f"T{index + 1}" if index >= 0 else "none: 0"
+
+
+def explain_rewards(texts, by_layer, rep, rewards, half, cfg):
+    """Eq. (4), (5), (6), (2), (7). by_layer: L lists of G/2 cosines, rep [1, G/2], rewards [1, 2, G/2]."""
+    names, L = row_names(half), len(by_layer)
+    pairs = [f"  {n}  cos with {reference_name(r)}:" for n, r in zip(names, texts.references[0])]
     shown = sorted({0, L // 2, L - 1})
     show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
-         [f"  {names[s]}  cos with {reference[s]}: " + "  ".join(f"layer {l + 1} {by_layer[l][s]:.3f}" for l in shown) +
-          f"   mean of {L} layers {rep[0, s]:.3f}" for s in paired])
+         [f"{pair}  " + "  ".join(f"layer {l + 1} {by_layer[l][s]:.3f}" for l in shown) +
+          f"   mean of {L} layers {rep[0, s]:.3f}" for s, pair in enumerate(pairs)])
     show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
-         [f"  {names[s]}  cos with {reference[s]}: {beh[0, s]:.3f}" for s in paired])
+         [f"{pair} {texts.beh[0, s]:.3f}" for s, pair in enumerate(pairs)])
+    spoken = zip(names, texts.base[0, 0], rep[0], texts.beh[0], rewards[0, 0])
     show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh, speech only", "total_reward",
-         [f"  {names[s]}  {base[0, 0, s]:.2f} + {cfg.alpha:g} * {rep[0, s]:.3f} + {cfg.beta:g} * {beh[0, s]:.3f} = "
-          f"{rewards[0, 0, s]:.3f}" for s in paired] +
-         [f"  {names[half + s]}  {rewards[0, 1, s]:.3f}" for s in paired])
-    means = [f"{rewards[0, m].mean():.3f}" for m in range(2)]
-    show(f"Eq. (7)  A = R - mean of its modality (S {means[0]}, T {means[1]})", "modality_advantages",
-         [f"  {n}  {r:.3f} - {means[i // half]} = {a:+.3f}    with one joint mean, {rewards.mean():.3f}: {j:+.3f}"
-          for i, (n, r, a, j) in enumerate(zip(names, flat(rewards), flat(own), flat(joint)))])
-    best, n_tokens = own.abs().argmax().item(), int((mask * ~truncated[..., None]).sum())
-    token, A = int(mask.flatten(0, 2)[best].sum()) // 2, own.flatten()[best].item()
-    logp = logps.flatten(0, 1)[best, token].item()
+         [f"  {n}  {base:.2f} + {cfg.alpha:g} * {r:.3f} + {cfg.beta:g} * {b:.3f} = {R:.3f}"
+          for n, base, r, b, R in spoken] +
+         [f"  {n}  {R:.3f}" for n, R in zip(names[half:], rewards[0, 1])])
+    mu_speech, mu_text = means = [f"{mean:.3f}" for mean in rewards[0].mean(-1)]
+    own, joint = modality_advantages(rewards).flatten(), modality_advantages(rewards, joint=True).flatten()
+    show(f"Eq. (7)  A = R - mean of its modality (S {mu_speech}, T {mu_text})", "modality_advantages",
+         [f"  {n}  {R:.3f} - {means[i // half]} = {own[i]:+.3f}    "
+          f"with one joint mean, {rewards.mean():.3f}: {joint[i]:+.3f}"
+          for i, (n, R) in enumerate(zip(names, rewards.flatten()))])
+
+
+def explain_loss(token, logp, A, n_tokens, cfg):
+    """The loss of one token, and what clipping would do to it. logp and A are numbers."""
     low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
-    loss = grpo_loss(*torch.tensor([[[logp]], [[logp]]]), torch.tensor([A]), torch.ones(1, 1), cfg.eps_low, cfg.eps_high, n_tokens)
-    word = lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item())
+    far = high + 0.22
+    at = lambda ratio: grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([A]),
+                                 torch.ones(1, 1), cfg.eps_low, cfg.eps_high, n_tokens)
     show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
-         [f"  token {token + 1} of {names[best]}, {word!r}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
-          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens} = {loss.item():+.5f}",
+         [f"  {token}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
+          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens} = {at(1):+.5f}",
           "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
-          f"  were rho {high + 0.22:g}: rho A = {(high + 0.22) * A:+.3f}, clip(rho) A = {high * A:+.3f}, the smaller counts"])
+          f"  were rho {far:g}: - min({far * A:+.3f}, {high * A:+.3f}) / {n_tokens} = {at(far):+.5f}"])
 
 
 def rehearse(cfg):
@@ -1327,10 +1379,10 @@ def rehearse(cfg):
     """
     lm = SpeechLM.with_random_weights(cfg.model)
     rng = np.random.default_rng(cfg.seed)
+    clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * cfg.audio_seconds)))
     # Read aloud, English is about 15 characters a second.
     questions = [{"key": f"noise-{i}", "question": "word " * int(3 * cfg.audio_seconds), "options": list(LETTERS),
-                  "answer_index": 0, "audio": {"bytes": wav_bytes(rng.uniform(-0.5, 0.5, int(SAMPLE_RATE * cfg.audio_seconds)))}}
-                 for i in range(cfg.questions_per_step)]
+                  "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
     optimizer, generator = prepare(lm, cfg)
     for step in range(cfg.steps or 2):
         metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
@@ -1460,8 +1512,8 @@ def run(program, main):
         message, code = str(error), 130 if isinstance(error, Stopped) else 2
     except torch.OutOfMemoryError:
         message, code = (f"out of GPU memory at {peak_memory(torch.device('cuda')):.1f} GiB: lower --micro-batch, "
-                         "--max-new-tokens or --questions-per-step, or leave out long clips (data_prep.py --max-seconds); "
-                         "the last checkpoint is good, --resume goes on from it"), 2
+                         "--max-new-tokens or --questions-per-step, or leave out long clips (data_prep.py "
+                         "--max-seconds); the last checkpoint is good, --resume goes on from it"), 2
     except OSError as error:  # an unwritable folder, a full disk
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except KeyboardInterrupt:
