@@ -32,6 +32,8 @@ Where we chose (the paper is followed wherever it speaks):
   text reward            R_base only                   + mean speech alignment reward,    R_base only
                                                        which Eq. (7) cancels
   R_fmt                  0 or 1, weight 0.5            0, 0.5 or 1, weight 1              0 or 1, weight 0.5
+  answer's letter        xFinder                       -                                  regular expressions that never
+                                                                                          guess; xFinder on request
   pooled positions       all generated positions       last prompt position and final     all generated positions,
                                                        end-of-turn dropped                end-of-turn included
   max completion         1024                          512                                1024
@@ -47,11 +49,14 @@ Commands (README.md has more):
 
   python tars.py                                               # the whole method, offline on a laptop
   python tars.py --alpha 0 --beta 0 --out runs/grpo            # plain GRPO, to compare with
+  python tars.py --explain                                     # one group worked through, equation by equation
   python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR
   python tars.py --help                                        # every setting and where the paper gives it
 
-Imports: data_prep.py imports this file, never the other way round. (This file runs `data_prep.py demo` as a command
-when the offline demo is not there yet.)
+Sections 3 to 9 are the paper; what comes before and after them is reading questions and running for a day.
+
+Imports: data_prep.py and eval.py import this file, never the other way round. (This file runs `data_prep.py demo` as a
+command when the offline demo is not there yet.)
 """
 
 import argparse
@@ -419,17 +424,6 @@ def to_device(model, front):
     return model
 
 
-def byte_tokenizer(front):
-    """A stand-in tokenizer for random weights: one token a byte, and the control tokens of the family's template."""
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    template = "".join([front.before_user, front.before_audio, front.after_audio, front.after_user, *front.end_of_turn])
-    control = sorted(set(re.findall(r"<\|\w+\|>", template)))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
 def positions(mask):
     """Position ids [N, P] of left-padded rows: a padded row starts at 0 like any other."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
@@ -462,26 +456,6 @@ class SpeechLM:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is no usable checkpoint, here or on the hub: {reason}") from error
         return cls(front, to_device(model, front), tokenizer, extractor)
-
-    @classmethod
-    def with_random_weights(cls, path):
-        """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
-
-        `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
-        Answers never end by themselves. Raises UserError for another name.
-        """
-        front = front_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
-        if front is None:
-            names = " or ".join(f.repository for f in FAMILIES)
-            raise UserError(f"--random-weights --model {path}: give {names}, or a directory with a config.json")
-        config_class = front.model_class.config_class
-        config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**front.config_defaults)
-        with torch.device(default_device()):
-            model = front.model_class._from_config(config, dtype=precision(), attn_implementation="sdpa")
-        extractor = front.extractor_class(**front.extractor_defaults)
-        lm = cls(front, to_device(model, front), byte_tokenizer(front), extractor)
-        lm.eos_ids = lm.eos_ids[:0]
-        return lm
 
     def part(self, name):
         """Which part of the speech LLM the parameter `name` belongs to."""
@@ -666,6 +640,18 @@ def lora_layers(lm):
     return {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def write_aside(path, write):
+    """Write a file under another name, then rename it: nothing half-written is ever left in its place."""
+    aside = path.with_name(path.name + ".part")
+    write(aside)
+    os.replace(aside, path)
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON, aside first."""
+    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+
+
 def save_adapter(lm, out, cfg):
     """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
     layers = lora_layers(lm)
@@ -781,6 +767,9 @@ def total_reward(base, rep, beh, alpha=1.0, beta=1.0):
     return base + alpha * rep + beta * beh
 
 
+# ======================================================================================================================
+# 6. E of Eq. (6) and who reads an answer's letter for Eq. (3): a formula each, or the paper's models
+# ======================================================================================================================
 class NGramEmbedder:
     """An offline stand-in for E: counts of hashed words and word pairs. It sees wording, not meaning."""
 
@@ -872,7 +861,7 @@ def load_extractor(cfg, device):
 
 
 # ======================================================================================================================
-# 6. Advantages: Eq. (7), and the result: Eq. (1)
+# 7. Advantages: Eq. (7), and the result: Eq. (1)
 # ======================================================================================================================
 def modality_advantages(rewards, joint=False):
     """Eq. (7). rewards [B, 2, G/2] -> same. A_{i,m} = r_{i,m} - mu_m, mu_m the mean of modality m in the group.
@@ -889,7 +878,7 @@ def modality_recovery_rate(speech_accuracy, base_text_accuracy):
 
 
 # ======================================================================================================================
-# 7. Loss: GRPO's surrogate with DAPO's clipping and normaliser
+# 8. Loss: GRPO's surrogate with DAPO's clipping and normaliser
 # ======================================================================================================================
 def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask, eps_low=0.2, eps_high=0.28,
               n_tokens=None):
@@ -907,7 +896,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask,
 
 
 # ======================================================================================================================
-# 8. The algorithm
+# 9. The algorithm
 # ======================================================================================================================
 def layer_slice(layers, count):
     """`all` or a range such as 11-20, counted from 1 -> slice. Raises UserError if the model has no such layers."""
@@ -1086,7 +1075,7 @@ def evaluate(lm, questions, extract, cfg):
 
 
 # ======================================================================================================================
-# 9. Training
+# 10. Training
 # ======================================================================================================================
 def learning_rate(step, steps, cfg):
     """Linear warm-up over the first `warmup` share of steps, then linear decay to zero. Steps count from 0."""
@@ -1113,6 +1102,17 @@ def prepare(lm, cfg):
     print(parameter_table(lm))
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
     return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed + 1_000_003 * RANK)
+
+
+def parameter_table(lm):
+    """How many parameters each part of the speech LLM has, and how many of them are trained."""
+    counts = {}
+    for name, p in lm.model.named_parameters():
+        total, trained = counts.get(lm.part(name), (0, 0))
+        counts[lm.part(name)] = total + p.numel(), trained + p.numel() * p.requires_grad
+    counts["all"] = tuple(map(sum, zip(*counts.values())))
+    rows = [f"{part:<34}{total:>16,}{trained:>14,}" for part, (total, trained) in counts.items()]
+    return "\n".join([f"{'part':<34}{'parameters':>16}{'trainable':>14}", *rows])
 
 
 def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
@@ -1166,6 +1166,25 @@ def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
     return accuracy
 
 
+def side_by_side(step, story):
+    """One spoken answer and its text reference in two columns, each under its rewards, 100 characters wide."""
+    spoken = story["speech"][0]
+    if spoken["reference"] < 0:
+        written = {"completion": "(no written answer of this group is correct)"}
+    else:
+        written = story["text"][spoken["reference"]]
+    terms = ("acc", "fmt", "rep", "beh", "reward", "advantage")
+    columns = [[name, *textwrap.wrap(textwrap.shorten(answer["completion"], 400), 48),
+                "  ".join(f"{term[:6]} {answer[term]:.2f}" for term in terms[:4] if term in answer),
+                "  ".join(f"{term} {answer[term]:+.2f}" for term in terms[4:] if term in answer)]
+               for name, answer in (("spoken", spoken), ("written, its reference", written))]
+    head = f"step {step}, {story['key']}: {story['question']} ({LETTERS[story['answer_index']]})"
+    return "\n".join([head, *(f"  {a:<48}  {b}".rstrip() for a, b in zip_longest(*columns, fillvalue=""))])
+
+
+# ======================================================================================================================
+# 11. Runs of a day: checkpoints, several processes
+# ======================================================================================================================
 class Stopped(UserError):
     """Ctrl-C or SIGTERM: the checkpoint is written, the run can go on."""
 
@@ -1278,7 +1297,7 @@ def gather_over_ranks(state):
 
 
 # ======================================================================================================================
-# 10. Other things to do than to train: --explain, --random-weights
+# 12. Other things to do than to train: --explain, --random-weights
 # ======================================================================================================================
 def explain(lm, question, embedder, extract, cfg):
     """--explain: one group worked through as on paper, each equation with its numbers put in, within 100 columns."""
@@ -1372,12 +1391,43 @@ def explain_loss(token, logp, A, n_tokens, cfg):
           f"  were rho {far:g}: - min({far * A:+.3f}, {high * A:+.3f}) / {n_tokens} = {at(far):+.5f}"])
 
 
+def byte_tokenizer(front):
+    """A stand-in tokenizer for random weights: one token a byte, and the control tokens of the family's template."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "".join([front.before_user, front.before_audio, front.after_audio, front.after_user, *front.end_of_turn])
+    control = sorted(set(re.findall(r"<\|\w+\|>", template)))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def with_random_weights(path):
+    """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
+
+    `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
+    Answers never end by themselves. Raises UserError for another name.
+    """
+    front = front_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
+    if front is None:
+        names = " or ".join(f.repository for f in FAMILIES)
+        raise UserError(f"--random-weights --model {path}: give {names}, or a directory with a config.json")
+    config_class = front.model_class.config_class
+    config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**front.config_defaults)
+    with torch.device(default_device()):
+        model = front.model_class._from_config(config, dtype=precision(), attn_implementation="sdpa")
+    extractor = front.extractor_class(**front.extractor_defaults)
+    lm = SpeechLM(front, to_device(model, front), byte_tokenizer(front), extractor)
+    lm.eos_ids = lm.eos_ids[:0]
+    return lm
+
+
 def rehearse(cfg):
     """--random-weights: steps on noise, every answer of full length, to see seconds a phase and peak memory.
 
     Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
     """
-    lm = SpeechLM.with_random_weights(cfg.model)
+    lm = with_random_weights(cfg.model)
     rng = np.random.default_rng(cfg.seed)
     clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * cfg.audio_seconds)))
     # Read aloud, English is about 15 characters a second.
@@ -1403,45 +1453,9 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def parameter_table(lm):
-    """How many parameters each part of the speech LLM has, and how many of them are trained."""
-    counts = {}
-    for name, p in lm.model.named_parameters():
-        total, trained = counts.get(lm.part(name), (0, 0))
-        counts[lm.part(name)] = total + p.numel(), trained + p.numel() * p.requires_grad
-    counts["all"] = tuple(map(sum, zip(*counts.values())))
-    rows = [f"{part:<34}{total:>16,}{trained:>14,}" for part, (total, trained) in counts.items()]
-    return "\n".join([f"{'part':<34}{'parameters':>16}{'trainable':>14}", *rows])
-
-
-def side_by_side(step, story):
-    """One spoken answer and its text reference in two columns, each under its rewards, 100 characters wide."""
-    spoken = story["speech"][0]
-    if spoken["reference"] < 0:
-        written = {"completion": "(no written answer of this group is correct)"}
-    else:
-        written = story["text"][spoken["reference"]]
-    terms = ("acc", "fmt", "rep", "beh", "reward", "advantage")
-    columns = [[name, *textwrap.wrap(textwrap.shorten(answer["completion"], 400), 48),
-                "  ".join(f"{term[:6]} {answer[term]:.2f}" for term in terms[:4] if term in answer),
-                "  ".join(f"{term} {answer[term]:+.2f}" for term in terms[4:] if term in answer)]
-               for name, answer in (("spoken", spoken), ("written, its reference", written))]
-    head = f"step {step}, {story['key']}: {story['question']} ({LETTERS[story['answer_index']]})"
-    return "\n".join([head, *(f"  {a:<48}  {b}".rstrip() for a, b in zip_longest(*columns, fillvalue=""))])
-
-
-def write_aside(path, write):
-    """Write a file under another name, then rename it: nothing half-written is ever left in its place."""
-    aside = path.with_name(path.name + ".part")
-    write(aside)
-    os.replace(aside, path)
-
-
-def write_json(path, content):
-    """Write `content` as indented JSON, aside first."""
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
-
-
+# ======================================================================================================================
+# 13. The command
+# ======================================================================================================================
 def build_demo(folder):
     """Make the offline demo's data and base model with data_prep.py."""
     if RANKS > 1:
