@@ -73,31 +73,38 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 SIGNS = {"plus": 1, "minus": -1}
 
 
+def work_out(expression):
+    """(a, sign, b, sign, c, ...) -> its steps, each (value so far, sign, number, new value)."""
+    value, *rest = expression
+    steps = []
+    for sign, number in zip(rest[::2], rest[1::2]):
+        steps.append((value, sign, number, value + SIGNS[sign] * number))
+        value = steps[-1][3]
+    return steps
+
+
 def expressions():
     """All (a, sign, b, sign, c) whose value is within 0..9 after each step: 1,210 of them."""
-    for a, s, b, t, c in product(range(10), SIGNS, range(10), SIGNS, range(10)):
-        if 0 <= a + SIGNS[s] * b <= 9 and 0 <= a + SIGNS[s] * b + SIGNS[t] * c <= 9:
-            yield a, s, b, t, c
+    for expression in product(range(10), SIGNS, range(10), SIGNS, range(10)):
+        if all(0 <= value <= 9 for *_, value in work_out(expression)):
+            yield expression
 
 
 def sum_question(expression, letter, rng, key):
     """One row (without audio), with the right answer under `letter` (0..3)."""
-    a, s, b, t, c = expression
-    result = a + SIGNS[s] * b + SIGNS[t] * c
+    result = work_out(expression)[-1][3]
     values = rng.choice([v for v in range(10) if v != result], 4, replace=False)
     values[letter] = result
     options = [DIGITS[v] for v in values]
-    question = f"{DIGITS[a]} {s} {DIGITS[b]} {t} {DIGITS[c]}"
+    question = " ".join(x if x in SIGNS else DIGITS[x] for x in expression)
     spoken = f"{question}. " + ", ".join(f"{name} {option}" for name, option in zip(LETTERS, options))
     return {"key": key, "question": question, "options": options, "answer_index": letter, "prompt_for_tts": spoken}
 
 
 def worked_answer(expression, letter):
     """The completion the base model learns to write."""
-    a, s, b, t, c = expression
-    first = a + SIGNS[s] * b
-    result = first + SIGNS[t] * c
-    sums = f"{DIGITS[a]} {s} {DIGITS[b]} is {DIGITS[first]}. {DIGITS[first]} {t} {DIGITS[c]} is {DIGITS[result]}"
+    sums = ". ".join(f"{DIGITS[value]} {sign} {DIGITS[number]} is {DIGITS[new]}"
+                     for value, sign, number, new in work_out(expression))
     return f"<think>{sums} {LETTERS[letter]}</think><answer>The answer is {LETTERS[letter]}.</answer>"
 
 
@@ -195,10 +202,11 @@ def demo_model(tokenizer):
         audio_end_token_id=token("<|audio_eos|>"), vision_start_token_id=token("<|IMAGE|>"), initializer_range=0.12))
 
 
-def text_batch(tokenizer, expressions, rng, rows, drills, pauses):
+def text_batch(tokenizer, expressions, rng, rows, lookups, halves, pauses):
     """Training rows for the LLM -> ids, attention mask and loss weights, each [rows, T].
 
-    `drills` of the rows only look an option up: a number, four options, its letter. With `pauses` above 0 the questions
+    `lookups` of the rows only look an option up: a number, four options, its letter. `halves` of them are one-step sums,
+    so that the LLM learns to add and not 826 sums by heart. With `pauses` above 0 the questions
     are written as speech sounds: without line breaks, and with up to that many pauses a word on average. So the LLM
     survives audio embeddings, most of which stand for no word, without ever having met one.
     """
@@ -208,8 +216,10 @@ def text_batch(tokenizer, expressions, rng, rows, drills, pauses):
     prompts, answers = [], []
     for i in range(rows):
         expression, letter = expressions[rng.integers(len(expressions))], int(rng.integers(4))
+        if lookups <= i < lookups + halves:
+            expression = expression[:3]
         question, answer = sum_question(expression, letter, rng, key=""), worked_answer(expression, letter)
-        if i < drills:
+        if i < lookups:
             question["question"], name = question["options"][letter], LETTERS[letter]
             answer = f"<think>that is {question['question']} {name}</think><answer>The answer is {name}.</answer>"
         user = tokenizer(written_question(question)).input_ids
@@ -233,9 +243,9 @@ def train_llm(model, tokenizer, expressions, rng, steps):
     bar = tqdm(range(steps), desc="base model 1/2: LLM learns to reason in writing", unit="step")
     for step in bar:
         # Looking up comes first and alone: mixed with sums from the start it is learnt much later.
-        drills = 64 if step < 0.16 * steps else 16
+        lookups, halves = (64, 0) if step < 0.16 * steps else (12, 12)
         pauses = 1.5 * min(1.0, max(0.0, (step / steps - 0.1) / 0.2)) if step % 2 else 0.0
-        ids, mask, weights = text_batch(tokenizer, expressions, rng, 64, drills, pauses)
+        ids, mask, weights = text_batch(tokenizer, expressions, rng, 64, lookups, halves, pauses)
         hidden = decoder(inputs_embeds=embeddings(ids), attention_mask=mask, use_cache=False).last_hidden_state
         learnt = weights[:, 1:] > 0
         nll = F.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), ids[:, 1:][learnt], reduction="none")
