@@ -202,24 +202,45 @@ def demo_model(tokenizer):
         audio_end_token_id=token("<|audio_eos|>"), vision_start_token_id=token("<|IMAGE|>"), initializer_range=0.12))
 
 
-def text_batch(tokenizer, expressions, rng, rows, lookups, halves, pauses):
+def longer_sums(expressions):
+    """All three-step sums whose first two and last two steps are both among `expressions`: no other sum hides in them."""
+    known = set(expressions)
+    for expression in expressions:
+        (*_, value), _ = work_out(expression)
+        for end in product(SIGNS, range(10)):
+            if (value, *expression[3:], *end) in known:
+                yield expression + end
+
+
+def lesson(expressions, longer, rng, step, steps):
+    """64 exercises, each an expression and whether its option is only to be looked up, of a number that is given.
+
+    Looking up comes first and alone: mixed with sums from the start it is learnt much later. Then sums of one and of
+    three steps go with those of two, so that the LLM learns to add and not a few hundred sums by heart.
+    """
+    draw = lambda pool, count: [pool[i] for i in rng.integers(len(pool), size=count)]
+    if step < 0.16 * steps:
+        return [(expression, True) for expression in draw(expressions, 64)]
+    return ([(expression, True) for expression in draw(expressions, 12)] +
+            [(expression[:3], False) for expression in draw(expressions, 8)] +
+            [(expression, False) for expression in draw(expressions, 32) + draw(longer, 12)])
+
+
+def text_batch(tokenizer, exercises, rng, pauses):
     """Training rows for the LLM -> ids, attention mask and loss weights, each [rows, T].
 
-    `lookups` of the rows only look an option up: a number, four options, its letter. `halves` of them are one-step sums,
-    so that the LLM learns to add and not 826 sums by heart. With `pauses` above 0 the questions
-    are written as speech sounds: without line breaks, and with up to that many pauses a word on average. So the LLM
-    survives audio embeddings, most of which stand for no word, without ever having met one.
+    With `pauses` above 0 the questions are written as speech sounds: without line breaks, and with up to that many
+    pauses a word on average. So the LLM survives audio embeddings, most of which stand for no word, without ever having
+    met one.
     """
     token = tokenizer.convert_tokens_to_ids
     letters = [token(f" {letter}") for letter in LETTERS]
     breaks = (token("\n"), token("\n\n"))
     prompts, answers = [], []
-    for i in range(rows):
-        expression, letter = expressions[rng.integers(len(expressions))], int(rng.integers(4))
-        if lookups <= i < lookups + halves:
-            expression = expression[:3]
+    for expression, look_up in exercises:
+        letter = int(rng.integers(4))
         question, answer = sum_question(expression, letter, rng, key=""), worked_answer(expression, letter)
-        if i < lookups:
+        if look_up:
             question["question"], name = question["options"][letter], LETTERS[letter]
             answer = f"<think>that is {question['question']} {name}</think><answer>The answer is {name}.</answer>"
         user = tokenizer(written_question(question)).input_ids
@@ -238,14 +259,12 @@ def text_batch(tokenizer, expressions, rng, rows, lookups, halves, pauses):
 
 def train_llm(model, tokenizer, expressions, rng, steps):
     """Stage 1: teach the LLM to look options up, then to reason in writing."""
-    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
+    decoder, embeddings, longer = model.get_decoder(), model.get_input_embeddings(), list(longer_sums(expressions))
     optimizer = torch.optim.AdamW([*decoder.parameters(), *model.lm_head.parameters()], lr=2e-3)
     bar = tqdm(range(steps), desc="base model 1/2: LLM learns to reason in writing", unit="step")
     for step in bar:
-        # Looking up comes first and alone: mixed with sums from the start it is learnt much later.
-        lookups, halves = (64, 0) if step < 0.16 * steps else (12, 12)
         pauses = 1.5 * min(1.0, max(0.0, (step / steps - 0.1) / 0.2)) if step % 2 else 0.0
-        ids, mask, weights = text_batch(tokenizer, expressions, rng, 64, lookups, halves, pauses)
+        ids, mask, weights = text_batch(tokenizer, lesson(expressions, longer, rng, step, steps), rng, pauses)
         hidden = decoder(inputs_embeds=embeddings(ids), attention_mask=mask, use_cache=False).last_hidden_state
         learnt = weights[:, 1:] > 0
         nll = F.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), ids[:, 1:][learnt], reduction="none")
@@ -741,7 +760,7 @@ def main(arguments=None):
     of_demo = (
         ("--out", "runs/demo", "directory to write"),
         ("--seed", 0, "seed of questions, voices and base model"),
-        ("--text-steps", 700, "steps of the base model's stage 1"),
+        ("--text-steps", 650, "steps of the base model's stage 1"),
         ("--speech-steps", 600, "steps of its stage 2 at most"),
         ("--stop-at", 0.42, "speech accuracy at which stage 2 stops"),
         ("--train-clips", 2000, "spoken training questions"),
