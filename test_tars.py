@@ -1165,7 +1165,7 @@ def run(*command, fails=False):
 def small_demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
     # 100 steps teach the LLM the answer's form, not the sums: about one answer in four is right, by luck.
-    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 100, "--speech-steps", 40, "--train-clips", 48,
+    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 200, "--speech-steps", 40, "--train-clips", 48,
         "--val-clips", 8, "--test-clips", 40)
     return out
 
