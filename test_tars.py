@@ -36,7 +36,9 @@ from transformers import (
     VitsConfig,
     VitsModel,
     VitsTokenizer,
+    WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 import data_prep
@@ -1149,6 +1151,27 @@ def test_voice_and_listener_run_on_tiny_models(tmp_path):
     assert first.ndim == 1 and torch.equal(first, again) and (first.shape != other.shape or not torch.equal(first, other))
     letters = [len(voice.tokenizer(data_prep.spell_out(text)).input_ids) for text in ("who seven", "Who? 7")]
     assert letters[0] == letters[1] == 2 * len("who seven") + 1  # nothing is dropped silently
+
+
+def test_listener_hears_short_and_long_clips(tmp_path):
+    tokenizer = tars.byte_tokenizer(Phi4Multimodal)  # 256 bytes and 5 control tokens; above them stand timestamps
+    torch.manual_seed(0)
+    config = WhisperConfig(vocab_size=1800, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                           encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=40, pad_token_id=258, bos_token_id=258,
+                           eos_token_id=258, decoder_start_token_id=259)
+    model = WhisperForConditionalGeneration(config)
+    for piece in (model, tokenizer, WhisperFeatureExtractor()):
+        piece.save_pretrained(tmp_path)
+    settings = {"no_timestamps_token_id": 298, "is_multilingual": False, "max_length": 20, "max_initial_timestamp_index": 50,
+                "decoder_start_token_id": 259, "eos_token_id": 258, "pad_token_id": 258, "bos_token_id": 258, "return_timestamps": False}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    listener, heard = data_prep.Listener(str(tmp_path), "cpu"), []
+    generate = listener.model.generate
+    listener.model.generate = lambda **inputs: heard.append(inputs) or generate(**inputs)
+    assert all(isinstance(listener.transcribe(torch.zeros(seconds * 16_000)), str) for seconds in (1, 30, 35))
+    # 100 frames a second: a short clip is padded to one window of 30 s, of a long one nothing is cut off
+    assert [x["input_features"].shape[-1] for x in heard] == [3000, 3000, 3500]
+    assert [x["return_timestamps"] for x in heard] == [False, False, True] and [int(x["attention_mask"].sum()) for x in heard] == [100, 3000, 3500]
 
 
 # ======================================================================================================================
