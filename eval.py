@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data_prep import Listener, resume, word_error_rate
 from tars import (
@@ -33,6 +32,7 @@ from tars import (
     UserError,
     answer_greedily,
     default_device,
+    eval_batches,
     load_adapter,
     load_extractor,
     load_helper,
@@ -109,8 +109,7 @@ def kept(name, data, questions, each, answer, args, cfg):
 
 def cascade(lm, listener, questions, extract, cfg, start):
     """Whisper transcribes each clip, the model answers the transcript in writing: batches of records."""
-    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc="cascade", unit="batch", leave=False):
-        batch = [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
+    for batch in eval_batches(questions, cfg, "cascade", start):
         heard = [listener.transcribe(read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
         with torch.no_grad():
             prompts = lm.prompts([[lm.embed_text(text)] for text in heard])  # [b, 1, P, H]
@@ -180,8 +179,7 @@ def transcribe(args, cfg, sets):
         cells = []
         for questions in sets.values():
             errors = []
-            for first in tqdm(range(0, len(questions), cfg.eval_batch), desc="asr", unit="batch", leave=False):
-                batch = [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
+            for batch in eval_batches(questions, cfg, "asr"):
                 with torch.no_grad():
                     request = lm.embed_text(ASR_REQUEST)
                     prompts = lm.prompts([[torch.cat([lm.spoken_turn(q), request])] for q in batch])  # [b, 1, P, H]
@@ -209,8 +207,7 @@ def token_cosines(speech, text, completion_mask):
 def layer_cosines(lm, questions, cfg):
     """Teacher-force the model's own greedy text answers under both prompts -> cosine per question and layer [n, L]."""
     cosines = []
-    for first in tqdm(range(0, len(questions), cfg.eval_batch), desc="layers", unit="batch", leave=False):
-        batch = [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
+    for batch in eval_batches(questions, cfg, "layers"):
         prompts = lm.embed(batch)  # [b, 2, P, H]
         written = prompts._replace(embeds=prompts.embeds[:, 1:], mask=prompts.mask[:, 1:])  # [b, 1, P, H]
         ids, mask, _ = lm.rollout(written, 1, cfg.max_new_tokens, temperature=0)  # [b, 1, 1, C]
@@ -254,8 +251,8 @@ def curves(args):
     panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"),
               ("beh_speech", "R_beh (cosine)"), ("acc_speech", "spoken accuracy, %"),
               ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"))
-    for run in args.curves:
-        log, base_text = read_run(run)
+    for folder in args.curves:
+        log, base_text = read_run(folder)
         steps = np.array([line["step"] for line in log])
         for axis, (key, label) in zip(axes.flat, panels):
             values = np.array([line["acc_speech"] / base_text if key == "mrr" else line[key] for line in log])
@@ -263,7 +260,7 @@ def curves(args):
                 continue
             values = values * (100 if key == "mrr" or key.startswith("acc") else 1)
             smooth = np.convolve(values, np.ones(window := min(20, len(values))) / window, "valid")
-            drawn = axis.plot(steps[window - 1 :], smooth, label=Path(run).name)[0]
+            drawn = axis.plot(steps[window - 1 :], smooth, label=Path(folder).name)[0]
             axis.set(xlabel="step", ylabel=label)
             points = [(line["step"], line[f"eval_{key[4:]}"] if key != "mrr" else line["eval_speech"] / base_text)
                       for line in log if "eval_speech" in line and (key == "mrr" or key.startswith("acc"))]

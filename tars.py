@@ -1048,14 +1048,19 @@ def first_group(question, completions, terms, rep, beh, references):
     return story
 
 
+def eval_batches(questions, cfg, desc, start=0):
+    """Lists of cfg.eval_batch questions from question `start` on, under a progress bar called `desc`."""
+    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc=desc, unit="batch", leave=False,
+                      disable=RANK > 0):
+        yield [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
+
+
 def answer_greedily(lm, questions, extract, cfg, start=0):
     """Yield batches of records, one a question and modality: key, modality, completion, answer, right.
 
     Begins at question `start`. An output in which no option is found has the answer None and counts as wrong.
     """
-    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc="evaluate", unit="batch", leave=False,
-                      disable=RANK > 0):
-        batch = [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
+    for batch in eval_batches(questions, cfg, "evaluate", start):
         ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
         completions = lm.decode(ids, mask)  # b * 2 strings
         asked = [(question, modality) for question in batch for modality in MODALITIES]

@@ -1660,7 +1660,6 @@ def rollout(*args):
         mask.append((torch.arange(9) < torch.randint(3, 10, (2, 2, 1), generator=g)).long())
     return torch.stack(ids), torch.stack(mask), torch.zeros(len(batch), 2, 2, dtype=torch.bool)
 lm.rollout = rollout
-tars.extract_answer, turn = None, iter("AB" * 99)
 extract = lambda questions, completions: [LETTERS[q["answer_index"]] if i % 2 else None for i, q in enumerate(questions)]
 tars.pick_references = lambda correct, generator: correct.float().argmax(-1, keepdim=True).expand(-1, 2)
 optimizer = torch.optim.SGD(parameters, lr=1.0)
