@@ -166,7 +166,7 @@ class Config:
     lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "Table 5")
     lora_alpha: int = setting(32, "LoRA's update is scaled by lora_alpha / lora_rank", "Table 5")
     # memory and output
-    micro_batch: int = setting(1, "questions (whole groups) per paired forward; memory against speed")
+    tokens_per_micro_batch: int = setting(16384, "whole groups per paired forward, up to so many tokens; memory against speed")
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
     eval_batch: int = setting(8, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
@@ -200,6 +200,8 @@ def parse_config(arguments, build_demo):
     recommended = {}
     if (model / "tars_config.json").exists():
         recommended = json.loads((model / "tars_config.json").read_text())
+        if unknown := recommended.keys() - {f.name for f in fields(Config)}:
+            raise UserError(f"{model}/tars_config.json has the unknown setting(s) {', '.join(sorted(unknown))}")
         recommended |= {k: os.path.normpath(model / recommended[k]) for k in ("data", "eval_data") if k in recommended}
     return Config(**(recommended | flags))
 
@@ -402,8 +404,10 @@ class Prompts(NamedTuple):
     mask: torch.Tensor  # [..., P], 1 where there is a token
 
     def rows(self, index=slice(None)):
-        """The prompts of some questions, one row each: [len(index) * 2, P, H]."""
-        return Prompts(self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1))
+        """The prompts of some questions, one row each: [len(index) * 2, P, H], P no longer than they need."""
+        embeds, mask = self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1)
+        P = mask.sum(-1).max()
+        return Prompts(embeds[:, -P:], mask[:, -P:])
 
 
 def default_device():
@@ -507,30 +511,36 @@ class SpeechLM:
 
         prompts: [B, M, P, H], M is 2 in training. Returns completion_ids and completion_mask [B, M, repeats, C] (the
         mask runs through the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated
-        [B, M, repeats].
+        [B, M, repeats]. As in `forward`, the samples of a prompt share its row: each step reads `repeats` tokens side
+        by side, and the cache holds a prompt once. A row whose samples have all ended leaves the batch.
         """
         embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * M
         cache = DynamicCache(config=self.decoder.config)
-        hidden = self._decode(embeds, mask, positions(mask), cache)[:, -1]  # [N, H]
-        # The prompt is read once; from here on each row is one sample. repeat_interleave, not repeat: the samples of a
-        # prompt are neighbours.
-        cache.batch_repeat_interleave(repeats)
-        hidden, mask = hidden.repeat_interleave(repeats, dim=0), mask.repeat_interleave(repeats, dim=0)
-        finished = torch.zeros(len(mask), dtype=torch.bool, device=self.device)  # [N]
-        ids, alive = [], []
-        for _ in range(max_new_tokens):
-            logits = self.logits(hidden, temperature)  # [N, V]
-            sample = lambda: torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-            token = sample() if temperature else logits.argmax(-1)  # [N]
-            ids.append(token.masked_fill(finished, self.pad_id))
-            alive.append(~finished)
-            finished = finished | torch.isin(token, self.eos_ids)
-            if finished.all():
+        hidden = self._decode(embeds, mask, positions(mask), cache)[:, -1:].expand(-1, repeats, -1)  # [N, repeats, H]
+        ids = torch.full((len(mask), repeats, max_new_tokens), self.pad_id, device=self.device)  # [N, repeats, C]
+        alive = torch.zeros_like(ids, dtype=torch.bool)  # [N, repeats, C]
+        finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, repeats]
+        row = torch.arange(len(mask), device=self.device)  # [n], the rows still in the batch
+        sees = mask.bool()[:, None].expand(-1, repeats, -1)  # [n, repeats, P and the tokens since]
+        itself = torch.eye(repeats, dtype=torch.bool, device=self.device)
+        for t in range(max_new_tokens):
+            logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * repeats, V]
+            sample = lambda: torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            token = (sample() if temperature else logits.argmax(-1)).view(-1, repeats)  # [n, repeats]
+            alive[row, :, t] = ~finished[row]
+            ids[row, :, t] = token.masked_fill(finished[row], self.pad_id)
+            finished[row] |= torch.isin(token, self.eos_ids)
+            going = ~finished[row].all(-1)  # [n]
+            if not going.any():
                 break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self._decode(self.embed_tokens(ids[-1])[:, None], mask, positions(mask)[:, -1:], cache)[:, -1]
-        shape = lambda x: x.view(*prompts.mask.shape[:2], repeats, *x.shape[1:])  # rows: question, modality, sample
-        return shape(torch.stack(ids, -1)), shape(torch.stack(alive, -1).long()), shape(~finished)
+            if not going.all():
+                row, sees = row[going], sees[going]
+                cache.batch_select_indices(going)
+            sees = torch.cat([sees, itself.expand(len(row), -1, -1)], dim=-1)
+            position_ids = (mask[row].sum(-1, keepdim=True) + t).expand(-1, repeats)  # [n, repeats]
+            hidden = self._decode(self.embed_tokens(ids[row, :, t]), sees[:, None], position_ids, cache)
+        shape = lambda x: x.view(*prompts.mask.shape[:2], *x.shape[1:])  # rows: question, modality, sample
+        return shape(ids[..., : t + 1]), shape(alive[..., : t + 1].long()), shape(~finished)
 
     def _decode(self, embeds, mask, position_ids, cache=None):
         """Run the LLM on [N, T, H]; `mask` also covers what the cache holds, or is [N, 1, T, T]: who sees whom."""
@@ -580,11 +590,11 @@ class SpeechLM:
         It closes before backward, where gradient checkpointing runs every layer again. The last layer is read after
         the final norm, so that the list is what transformers calls hidden_states[1:].
         """
-        pooled, (N, half, C) = [], completion_mask.shape
+        pooled = []
 
         def keep(module, inputs, hidden):  # hidden: [N, P + G/2 * C, H]
-            answers = hidden[:, P:].detach().reshape(N * half, C, -1)
-            pooled.append(pool_hidden_states(answers, completion_mask.flatten(0, 1)).view(N, half, -1))
+            answers = hidden[:, P:].detach().unflatten(1, completion_mask.shape[1:])  # [N, G/2, C, H]
+            pooled.append(pool_hidden_states(answers, completion_mask))
 
         hooks = [m.register_forward_hook(keep) for m in (*self.decoder.layers[:-1], self.decoder.norm)]
         try:
@@ -727,9 +737,9 @@ def base_reward(acc, fmt, lam=0.5):
 
 
 def pool_hidden_states(hidden, completion_mask):
-    """Eq. (4). hidden [B, T, H], completion_mask [B, T] (1 on generated positions) -> their mean [B, H]."""
-    mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
-    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+    """Eq. (4). hidden [..., T, H], completion_mask [..., T] (1 on generated positions) -> their mean [..., H]."""
+    mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [..., T, 1]
+    return (hidden * mask).sum(-2) / mask.sum(-2).clamp(min=1)
 
 
 def representation_reward(speech, text):
@@ -775,12 +785,13 @@ class NGramEmbedder:
 
     def embed(self, texts):
         """Strings -> unit vectors [N, 512]."""
-        vectors = torch.zeros(len(texts), 512)
-        for vector, text in zip(vectors, texts):
+        vectors = []
+        for text in texts:
             words = re.findall(r"\w+|[^\w\s]", text.lower())
-            for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])]:
-                vector[zlib.crc32(gram.encode()) % 512] += 1
-        return F.normalize(vectors, dim=-1)
+            grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+            hashes = [zlib.crc32(gram.encode()) % 512 for gram in grams]
+            vectors.append(torch.bincount(torch.tensor(hashes, dtype=torch.long), minlength=512))
+        return F.normalize(torch.stack(vectors).float(), dim=-1)
 
 
 class SentenceEmbedder:
@@ -922,6 +933,24 @@ class Clock:
         self.last = now
 
 
+def micro_batches(prompt_mask, completion_mask, budget):
+    """Pack a step's questions into paired forwards of at most `budget` tokens, padding included, the longest first.
+
+    prompt_mask: [B, 2, P], completion_mask: [B, 2, G/2, C]. Returns index tensors that hold each question once: groups
+    stay whole. A group that is longer than the budget goes alone. Longest first, a step that does not fit the memory
+    fails at once; and questions of a length go together, with little padding.
+    """
+    P, C = prompt_mask.sum(-1).amax(1).tolist(), completion_mask.sum(-1).amax((1, 2)).tolist()  # longest of each group
+    row = lambda batch: max(P[q] for q in batch) + completion_mask.shape[2] * max(C[q] for q in batch)
+    batches = []
+    for q in sorted(range(len(P)), key=lambda q: -row([q])):
+        if batches and 2 * (len(batches[-1]) + 1) * row([*batches[-1], q]) <= budget:
+            batches[-1].append(q)
+        else:
+            batches.append([q])
+    return [torch.tensor(batch, device=prompt_mask.device) for batch in batches]
+
+
 class Texts(NamedTuple):
     """What the answers of a step, as texts, are worth."""
 
@@ -983,9 +1012,11 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
-        for group in torch.arange(B, device=lm.device).split(cfg.micro_batch):  # whole groups: b questions
+        for group in micro_batches(prompts.mask, completion_mask, cfg.tokens_per_micro_batch):  # b questions
             # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
-            ids, mask = completion_ids[group].flatten(0, 1), completion_mask[group].flatten(0, 1)  # [b * 2, G/2, C]
+            longest = completion_mask[group].sum(-1).max()
+            part_of = lambda x: x[group, ..., :longest]  # [B, 2, G/2, C] -> [b, 2, G/2, longest]
+            ids, mask = part_of(completion_ids).flatten(0, 1), part_of(completion_mask).flatten(0, 1)
             logps, states = lm.forward(prompts.rows(group), ids, mask, cfg.temperature, pool=cfg.alpha != 0)
             clock("forward")
             if update == 0:
@@ -998,14 +1029,13 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
                 # 6. Advantages: Eq. (7).
                 advantages[group] = modality_advantages(rewards[group], cfg.joint_norm)
                 # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
-                old_logps[group] = logps.detach().view_as(old_logps[group])
+                old_logps[group, ..., :longest] = logps.detach().view_as(part_of(old_logps))
                 clock("rewards")
             # 7. Loss, normalised by the tokens of the whole step, and its gradient.
-            rows = lambda x: x[group].flatten(0, 2)  # [b, 2, G/2, ...] -> [N, ...]
-            part = grpo_loss(logps.flatten(0, 1), rows(old_logps), rows(advantages), rows(loss_mask),
-                             cfg.eps_low, cfg.eps_high, n_tokens)
-            part.backward()
-            loss += part.item()
+            share = grpo_loss(logps.flatten(0, 1), part_of(old_logps).flatten(0, 2), advantages[group].flatten(),
+                              part_of(loss_mask).flatten(0, 2), cfg.eps_low, cfg.eps_high, n_tokens)
+            share.backward()
+            loss += share.item()
             clock("backward")
         # 8. Update LoRA's weights, unless a number ran away.
         loss = sum_gradients_over_ranks(parameters, loss)
@@ -1021,7 +1051,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     metrics = step_means({"reward": rewards, "acc": texts.acc, "fmt": texts.fmt, "truncated": truncated,
                           "unparsed": texts.unparsed, "length": completion_mask.sum(-1)}, rep, beh, references)
     metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite)}
-    metrics["tokens"] = completion_mask.sum().item()
+    metrics["tokens"] = sum_over_ranks(completion_mask.sum()).item()
     return metrics | {f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}, story
 
 
@@ -1146,7 +1176,10 @@ def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
             batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
             metrics, story = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
-            metrics = mean_over_ranks({**metrics, "seconds": time.perf_counter() - start, "stop": float(bool(signals))})
+            seconds = time.perf_counter() - start
+            metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds,
+                        "peak_gib": peak_memory(lm.device), "stop": float(bool(signals))}
+            metrics = mean_over_ranks(metrics)
             stop = metrics.pop("stop") > 0
             metrics = {"step": step, **metrics, "lr": lr}
             if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
@@ -1168,7 +1201,19 @@ def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
                                 f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
     if RANK == 0:
         save_adapter(lm, out, cfg)
+        print(cost_table([json.loads(line) for line in files[0].read_text().splitlines()]))
     return accuracy
+
+
+def cost_table(log):
+    """Where a run's time went, from the lines of its log.jsonl."""
+    phases = {name.removeprefix("seconds_"): [line[name] for line in log] for name in log[0] if "seconds_" in name}
+    phases["whole steps"] = [line["seconds"] for line in log]
+    total = sum(phases["whole steps"])
+    rows = [f"{name:<14}{sum(s):>10.1f}{np.median(s):>16.3f}{100 * sum(s) / total:>9.1f}" for name, s in phases.items()]
+    return "\n".join([f"\n{'phase':<14}{'seconds':>10}{'median a step':>16}{'share %':>9}", *rows,
+                      f"{sum(line['tokens'] for line in log) / total:.0f} sampled tokens a second, peak memory "
+                      f"{max(line['peak_gib'] or math.nan for line in log):.2f} GiB"])
 
 
 def side_by_side(step, story):
@@ -1450,11 +1495,13 @@ def rehearse(cfg):
 
 
 def peak_memory(device):
-    """The most memory this process has held so far on `device`, in GiB."""
+    """The most memory this process has held so far on `device`, in GiB; nan on Windows, which does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved() / 2**30
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -1475,7 +1522,7 @@ def check(cfg):
     """Raise UserError for settings that no run could make sense of."""
     if cfg.group_size < 4 or cfg.group_size % 2:
         raise UserError(f"--group-size {cfg.group_size}: give an even number from 4 on, half spoken and half written")
-    for name in ("questions_per_step", "max_new_tokens", "micro_batch", "eval_batch", "lora_rank",
+    for name in ("questions_per_step", "max_new_tokens", "tokens_per_micro_batch", "eval_batch", "lora_rank",
                  "updates_per_rollout", "temperature", "lora_alpha", "epochs", "save_every"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give a number above 0")
@@ -1530,9 +1577,9 @@ def run(program, main):
     except UserError as error:
         message, code = str(error), 130 if isinstance(error, Stopped) else 2
     except torch.OutOfMemoryError:
-        message, code = (f"out of GPU memory at {peak_memory(torch.device('cuda')):.1f} GiB: lower --micro-batch, "
-                         "--max-new-tokens or --questions-per-step, or leave out long clips (data_prep.py "
-                         "--max-seconds); the last checkpoint is good, --resume goes on from it"), 2
+        message, code = (f"out of GPU memory at {peak_memory(torch.device('cuda')):.1f} GiB: lower "
+                         "--tokens-per-micro-batch, --max-new-tokens or --questions-per-step, or leave out long clips "
+                         "(data_prep.py --max-seconds); the last checkpoint is good, --resume goes on from it"), 2
     except OSError as error:  # an unwritable folder, a full disk
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ import sys
 import time
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -550,6 +551,29 @@ def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, quest
                 assert ids[b, m, s, :n].tolist() == expected[:n] and n >= len(expected)
 
 
+def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, questions, monkeypatch):
+    """Log-probs at the draw equal those of the update: no sample sees a sibling, whoever has left the batch before."""
+    lm.eos_ids = torch.arange(20, len(lm.tokenizer), 6)  # answers of uneven lengths
+    drawn, multinomial = [], torch.multinomial
+
+    def draw(p, *args, **kwargs):
+        token = multinomial(p, *args, **kwargs)
+        drawn.append(p.gather(1, token)[:, 0].log())
+        return token
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    prompts = lm.embed(questions)
+    ids, mask, _ = lm.rollout(prompts, 3, 12, 0.7, torch.Generator().manual_seed(0))
+    assert ids.shape[-1] == len(drawn)
+    logps = lm.forward(prompts.rows(), ids.flatten(0, 1), mask.flatten(0, 1), 0.7, pool=False)[0].detach()  # [8, 3, C]
+    alive = mask.flatten(0, 1).bool()
+    for t, at_draw in enumerate(drawn):
+        rows = alive[..., t].any(-1)
+        assert len(at_draw) == 3 * rows.sum()  # none is computed for a row whose samples have all ended
+        torch.testing.assert_close(at_draw.view(-1, 3)[alive[rows][..., t]], logps[rows][..., t][alive[rows][..., t]], atol=1e-4, rtol=0)
+    assert len({len(at_draw) for at_draw in drawn}) > 2
+
+
 def test_questions_differ_so_a_mixed_up_row_would_show(lm, questions, answers):
     """Without this, the tests of row order above could pass on rows that are all alike."""
     ids, mask = answers
@@ -813,7 +837,7 @@ def straightforward_step(lm, questions, answers, truncated, references, cfg, par
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"micro_batch": 3}, {"joint_norm": True, "alpha": 0.5}, {"layers": "2-3", "beta": 0.0, "lam": 0.2}, {"alpha": 0.0, "beta": 0.0},
+    {}, {"tokens_per_micro_batch": 1}, {"joint_norm": True, "alpha": 0.5}, {"layers": "2-3", "beta": 0.0, "lam": 0.2}, {"alpha": 0.0, "beta": 0.0},
 ], ids=str)
 def test_step_gradient_equals_the_straightforward_version(lm, questions, answers, monkeypatch, settings):
     perturb(lm)
@@ -838,16 +862,36 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
 
 def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, questions, answers, monkeypatch):
     gradients = []
-    for micro_batch, checkpointing in ((1, False), (2, True), (4, True)):
+    for budget, checkpointing in ((1, False), (1000, True), (10**6, True)):
         lm = SpeechLM.from_pretrained(checkpoint)
         perturb(lm)
         if checkpointing:
             lm.checkpoint_layers()
         parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
-        gradients.append(one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, micro_batch=micro_batch)[3][0])
+        gradients.append(one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, tokens_per_micro_batch=budget)[3][0])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_micro_batches_by_hand():
+    # Longer prompt + 2 samples x longest answer, a row: 10 + 2 * 5 = 20, 30 + 2 * 5 = 40, 12 + 2 * 6 = 24, 28 + 2 * 2 = 32.
+    prompt, answer = [(10, 4), (5, 30), (12, 4), (28, 6)], [(5, 1), (2, 5), (6, 6), (1, 2)]
+    prompt_mask = torch.tensor([[[0] * (30 - n) + [1] * n for n in group] for group in prompt])
+    completion_mask = torch.tensor([[[[1] * n + [0] * (6 - n), [1] + [0] * 5] for n in group] for group in answer])
+    packed = lambda budget: [batch.tolist() for batch in tars.micro_batches(prompt_mask, completion_mask, budget)]
+    assert packed(1) == [[1], [3], [2], [0]]  # the longest first, and alone where nothing fits
+    # 1 and 3: 4 rows of 30 + 2 * 5 = 160 tokens. 3 and 2: 4 rows of 28 + 2 * 6 = 160. 2 and 0: 4 rows of 12 + 2 * 6 = 96.
+    assert packed(160) == [[1, 3], [2, 0]]
+    assert packed(159) == [[1], [3], [2, 0]]
+    assert packed(8 * 42) == [[1, 3, 2, 0]]  # all: 8 rows of 30 + 2 * 6
+
+
+def test_prompts_of_some_questions_lose_the_padding_that_none_of_them_needs():
+    embeds = torch.arange(20.0).view(2, 2, 5, 1)
+    mask = torch.tensor([[[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]], [[1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]])
+    rows = tars.Prompts(embeds, mask).rows(torch.tensor([0]))
+    assert rows.mask.tolist() == [[1, 1, 1], [0, 1, 1]] and rows.embeds[..., 0].tolist() == [[2, 3, 4], [7, 8, 9]]
 
 
 def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
@@ -884,7 +928,7 @@ def test_step_second_update_uses_the_first_ones_rewards_and_log_probs(lm, questi
     seen = []
     spy = lambda *args: seen.append([a.detach().clone() for a in args[:3]]) or grpo_loss(*args)
     monkeypatch.setattr(tars, "grpo_loss", spy)
-    one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, lr=0.5, micro_batch=4, updates_per_rollout=2)
+    one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, lr=0.5, updates_per_rollout=2)
     (new1, old1, adv1), (new2, old2, adv2) = seen
     assert torch.equal(new1, old1) and torch.equal(old1, old2) and torch.equal(adv1, adv2)
     mask = answers[1].flatten(0, 2).bool()
@@ -928,6 +972,17 @@ def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
     cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"], None)
     assert (cfg.lr, cfg.steps, cfg.group_size, cfg.joint_norm, cfg.gradient_checkpointing) == (0.25, 7, 8, True, False)
     assert cfg.data == str(tmp_path.parent / "train")
+    (tmp_path / "tars_config.json").write_text(json.dumps({"micro": 0.5}))
+    with pytest.raises(tars.UserError, match="tars_config.json has the unknown setting.* micro"):
+        tars.parse_config(["--model", str(tmp_path)], None)
+
+
+def test_cost_table_by_hand():
+    # Three steps of 2, 4 and 9 s: 15 s in all, of which the roll-outs took 1 + 1 + 4 = 6 s or 40 %, median 1 s.
+    log = [{"seconds_rollout": r, "seconds_forward": 0.5, "seconds": s, "tokens": 300, "peak_gib": p} for r, s, p in ((1, 2, 1.5), (1, 4, 2.5), (4, 9, 2.0))]
+    table = [line.split() for line in tars.cost_table(log).splitlines()]
+    assert table[2:] == [["rollout", "6.0", "1.000", "40.0"], ["forward", "1.5", "0.500", "10.0"], ["whole", "steps", "15.0", "4.000", "100.0"],
+                         "60 sampled tokens a second, peak memory 2.50 GiB".split()]
 
 
 # ======================================================================================================================
@@ -1099,6 +1154,18 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
         prepare(capsys, *arguments, tmp_path / "other")
 
 
+def test_a_reading_is_kept_below_ten_percent_of_wrong_words():
+    # 8 words of the question and 12 of the options: one wrong word is 5 %, two are 10 %, which is no longer below it.
+    row = {"question": "What is the sum of these two numbers?", "choices": ["Rome", "Paris", "Bonn", "Bern"], "answer": 0, "subject": "s"}
+    listener = SimpleNamespace()
+    args = SimpleNamespace(tries=1, seed=0, max_seconds=9, voice=CountingVoice(), listener=listener)
+    listener.transcribe = lambda waveform: args.voice.text.replace("sum", "some")
+    assert data_prep.from_mmlu(0, row, args)["tts_wer"] == 0.05
+    listener.transcribe = lambda waveform: args.voice.text.replace("sum", "some").replace("two", "too")
+    with pytest.raises(data_prep.Lost, match="not understood"):
+        data_prep.from_mmlu(0, row, args)
+
+
 def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
     replica(tmp_path / "hub" / "a.parquet", [{"question": "q", "subject": "s", "choices": list("abcd")}])
     for origin, says in ((tmp_path / "hub", "lacks the column.s. answer; it has question, subject, choices"), (tmp_path / "nothing", "nothing"),
@@ -1196,7 +1263,7 @@ def small_demo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_run(small_demo, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--micro-batch", 2, "--eval-every", 2, "--lr", 0.003,
+    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--tokens-per-micro-batch", 900, "--eval-every", 2, "--lr", 0.003,
              "--sample-every", 2, "--gradient-checkpointing")
     printed = run(HERE / "tars.py", *flags, "--out", out / "a")
     run(HERE / "tars.py", *flags, "--out", out / "b")
@@ -1224,11 +1291,15 @@ def test_end_to_end_writes_what_it_promises(small_run):
     assert "MRR" in printed and "before" in printed and "after" in printed
 
 
+def log_apart_from_times(out):
+    """The lines of a log without what measures the machine."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per_second", "peak_gib"))} for line in lines]
+
+
 def test_same_seed_same_log_apart_from_times(small_run):
     out, _ = small_run
-    a, b = ([{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in (out / run_ / "log.jsonl").read_text().splitlines()]
-            for run_ in "ab")
-    assert a == b
+    assert log_apart_from_times(out / "a") == log_apart_from_times(out / "b")
     assert (out / "a" / "adapter_model.safetensors").read_bytes() == (out / "b" / "adapter_model.safetensors").read_bytes()
     assert (out / "a" / "samples.jsonl").read_text() == (out / "b" / "samples.jsonl").read_text()
 
@@ -1412,7 +1483,7 @@ def test_explain_works_one_group_through(small_demo, capsys):
 # ======================================================================================================================
 def long_flags(small_demo, out):
     """A run of six steps with a checkpoint every second one."""
-    return [str(x) for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2, "--micro-batch", 2,
+    return [str(x) for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2,
                              "--save-every", 2, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3, "--eval-batch", 40, "--out", out)]
 
 
@@ -1425,8 +1496,7 @@ def uninterrupted(small_demo, tmp_path_factory):
 
 def same_run(a, b):
     """Two runs left the same behind: adapter, samples, and the log apart from times."""
-    logs = [[{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in (out / "log.jsonl").read_text().splitlines()]
-            for out in (a, b)]
+    logs = [log_apart_from_times(out) for out in (a, b)]
     assert logs[0] == logs[1] and len(logs[0]) == 6
     for name in ("adapter_model.safetensors", "samples.jsonl", "summary.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
@@ -1510,7 +1580,7 @@ def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path):
 
 def test_out_of_memory_ends_in_one_message_with_the_flags_to_lower(small_demo, tmp_path):
     said = patched(small_demo, tmp_path / "run", "def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')\ntars.train_step = full")
-    assert all(flag in said for flag in ("--micro-batch", "--max-new-tokens", "--questions-per-step", "--max-seconds", "GiB"))
+    assert all(flag in said for flag in ("--tokens-per-micro-batch", "--max-new-tokens", "--questions-per-step", "--max-seconds", "GiB"))
     assert "Traceback" not in said
 
 
@@ -1581,7 +1651,7 @@ def test_odd_but_readable_clips_are_read():
 
 @pytest.mark.parametrize("flags, says", [
     (["--group-size", "1"], "--group-size 1"), (["--group-size", "7"], "--group-size 7"), (["--group-size", "2"], "--group-size 2"),
-    (["--temperature", "0"], "--temperature 0"), (["--steps", "2", "--micro-batch", "0"], "--micro-batch 0"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
+    (["--temperature", "0"], "--temperature 0"), (["--steps", "2", "--tokens-per-micro-batch", "0"], "--tokens-per-micro-batch 0"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
     (["--questions-per-step", "0"], "--questions-per-step 0"), (["--lora-rank", "0"], "--lora-rank 0"), (["--save-every", "0"], "--save-every 0"),
     (["--layers", "deep"], "--layers deep"), (["--layers", "0-2"], "--layers 0-2"), (["--extractor", "no/such"], "--extractor no/such"),
     (["--model", "no/such/model"], "no usable checkpoint"), (["--layers", "3-9"], "--layers 3-9"), (["--embedder", "no/such"], "--embedder no/such"),
@@ -1644,7 +1714,7 @@ from tars import *
 path, out = sys.argv[1:]
 if tars.RANKS > 1:
     dist.init_process_group()
-cfg = Config(group_size=4, lora_rank=2, micro_batch=1, embedder="ngrams")
+cfg = Config(group_size=4, lora_rank=2, embedder="ngrams")
 lm = SpeechLM.from_pretrained(path + "/model")
 batch = [load_questions(path + "/train")[i] for i in range(4)][tars.RANK::tars.RANKS]
 optimizer, generator = tars.prepare(lm, cfg)
@@ -1702,3 +1772,144 @@ def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
     done = torchrun(*long_flags(small_demo, out), "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(out, tmp_path / "whole")
+
+
+# ======================================================================================================================
+# Speed: TARS_SLOW=1 python -m pytest -q -s -k speed
+# ======================================================================================================================
+def alternate(rounds, **variants):
+    """Median seconds of each variant, run in turn, after one round of warming up."""
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(s[1:])) for name, s in seconds.items()}
+
+
+def demo_step(small_demo):
+    """The demo's base model with LoRA, a step's questions and settings, and an optimizer that changes nothing."""
+    lm = SpeechLM.from_pretrained(str(small_demo / "model"))
+    cfg = tars.parse_config(["--model", str(small_demo / "model"), "--lr", "0", "--weight-decay", "0"], None)
+    questions = load_questions(cfg.data)
+    optimizer, _ = tars.prepare(lm, cfg)
+    return lm, [questions[i] for i in range(cfg.questions_per_step)], cfg, optimizer
+
+
+def straightforward_rollout(lm, prompts, repeats, cfg):
+    """Answers as transformers samples them: speech first, then text, every sample with a copy of its prompt."""
+    rows = []
+    for m in range(2):
+        ids = lm.model.generate(inputs_embeds=prompts.embeds[:, m], attention_mask=prompts.mask[:, m], do_sample=True, temperature=cfg.temperature,
+                                top_k=0, top_p=1.0, num_return_sequences=repeats, max_new_tokens=cfg.max_new_tokens,
+                                eos_token_id=lm.eos_ids.tolist(), pad_token_id=lm.pad_id, suppress_tokens=lm.placeholder_ids.tolist())
+        rows.append(torch.nn.functional.pad(ids, (0, cfg.max_new_tokens - ids.shape[1]), value=lm.pad_id).view(-1, repeats, cfg.max_new_tokens))
+    ids = torch.stack(rows, 1)  # [B, 2, G/2, C]
+    ended = torch.isin(ids, lm.eos_ids).long().cumsum(-1)
+    mask = ((ended - torch.isin(ids, lm.eos_ids).long()) == 0).long()
+    return ids, mask, ended[..., -1] == 0
+
+
+def straightforward_batch(lm, questions, cfg, parameters, completions=None):
+    """The step as the official code does it: three passes over separate rows, full logits, all hidden states kept.
+
+    As in a plain forward call, each pass runs the audio encoder; here at least once a question and not once a row.
+    """
+    half = cfg.group_size // 2
+    ids, mask, truncated = completions or straightforward_rollout(lm, lm.embed(questions), half, cfg)
+    texts = tars.score_texts(lm, questions, ids, mask, NGramEmbedder(), tars.extract_answers, cfg, torch.Generator().manual_seed(0))
+    flat = ids.flatten(0, 2)  # [R, C] with R = B * 2 * G/2
+
+    def logps(**kwargs):
+        prompts = lm.embed(questions).rows()
+        P = prompts.mask.shape[-1]
+        embeds = torch.cat([prompts.embeds.repeat_interleave(half, 0), lm.embed_tokens(flat)], 1)  # [R, P + C, H]
+        present = torch.cat([prompts.mask.repeat_interleave(half, 0), mask.flatten(0, 2)], 1)
+        output = lm.decoder(inputs_embeds=embeds, attention_mask=present, position_ids=tars.positions(present), use_cache=False, **kwargs)
+        logits = lm.model.lm_head(output.last_hidden_state).float()  # [R, P + C, V]
+        logits[..., lm.placeholder_ids] = -math.inf
+        scored = (logits[:, P - 1 : -1] / cfg.temperature).log_softmax(-1).gather(-1, flat[..., None])[..., 0]  # [R, C]
+        return scored, [layer[:, P:] for layer in output.hidden_states or ()]
+
+    with torch.no_grad():
+        old, _ = logps()
+        _, states = logps(output_hidden_states=True)
+    pooled = torch.stack([pool_hidden_states(layer, mask.flatten(0, 2)) for layer in states[1:]], 1)  # [R, L, H]
+    pooled = pooled.unflatten(0, ids.shape[:3])
+    rep = against_references(representation_reward, pooled, texts.references)
+    rewards = texts.base.clone()
+    rewards[:, 0] = total_reward(texts.base[:, 0], rep, texts.beh, cfg.alpha, cfg.beta)
+    loss = grpo_loss(logps()[0], old, modality_advantages(rewards).flatten(), (mask * ~truncated[..., None]).flatten(0, 2), cfg.eps_low, cfg.eps_high)
+    return torch.autograd.grad(loss, parameters)
+
+
+def test_straightforward_batch_is_the_same_step(lm, questions, answers, monkeypatch):
+    """What the speed of a step is compared with computes the very gradient, so it is a fair comparison."""
+    perturb(lm)
+    parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
+    truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
+    truncated[1, 0, 1] = True
+    gradient = one_step(lm, questions, answers, truncated, monkeypatch, parameters, lr=0.0)[3][0]
+    for ours, theirs in zip(gradient, straightforward_batch(lm, questions, Config(group_size=4), parameters, (*answers, truncated))):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
+
+
+@slow
+def test_speed_of_a_step(small_demo):
+    """Whole step and roll-out against the straightforward version, and TARS against plain GRPO, on the demo."""
+    lm, questions, cfg, optimizer = demo_step(small_demo)
+    parameters, half = optimizer.param_groups[0]["params"], cfg.group_size // 2
+    prompts, plain = lm.embed(questions), dataclasses.replace(cfg, alpha=0.0, beta=0.0)
+    seeded = lambda: torch.Generator().manual_seed(0)
+    step = lambda cfg: train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, seeded())
+    seconds = alternate(40, tars=lambda: step(cfg), grpo=lambda: step(plain))
+    seconds |= alternate(15, step=lambda: step(cfg), straightforward=lambda: straightforward_batch(lm, questions, cfg, parameters))
+    seconds |= alternate(15, rollout=lambda: lm.rollout(prompts, half, cfg.max_new_tokens, 1.0, seeded()),
+                         generate=lambda: straightforward_rollout(lm, prompts, half, cfg))
+    print("\nmedian seconds:", {name: round(s, 3) for name, s in seconds.items()})
+    print(f"straightforward step / ours: {seconds['straightforward'] / seconds['step']:.2f}")
+    print(f"generate(num_return_sequences) / rollout: {seconds['generate'] / seconds['rollout']:.2f}")
+    print(f"TARS / GRPO: {seconds['tars'] / seconds['grpo']:.3f}")
+
+
+def forward_backward(lm, prompts, ids, mask):
+    logps, _ = lm.forward(prompts, ids, mask, 1.0)
+    (logps * mask).sum().backward()
+
+
+def prefix_case(lm, P=600, half=4, C=100):
+    """Two prompts of P tokens with G/2 answers of C: one row a prompt, and the same on separate rows."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = tars.Prompts(torch.randn(2, P, 128, generator=generator), torch.ones(2, P, dtype=torch.long))
+    ids, mask = torch.randint(20, 30, (2, half, C), generator=generator), torch.ones(2, half, C, dtype=torch.long)
+    separate = tars.Prompts(*(x.repeat_interleave(half, 0) for x in prompts)), ids.view(-1, 1, C), mask.view(-1, 1, C)
+    return {"shared": (prompts, ids, mask), "separate": separate}
+
+
+PEAK = """
+import sys
+from test_tars import *
+lm = SpeechLM.from_pretrained(sys.argv[1])
+attach_lora(lm, 8, 32)
+case = prefix_case(lm)[sys.argv[2]]
+forward_backward(lm, *prefix_case(lm, 8, 4, 8)["shared"])  # what is allocated once and for all
+resident = lambda name: int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = resident("VmRSS")
+forward_backward(lm, *case)
+print(resident("VmHWM") - before)
+"""
+
+
+@slow
+def test_speed_and_memory_of_the_shared_prefix(small_demo):
+    """P = 600, G/2 = 4, C = 100: forward and backward of one row a prompt against separate rows."""
+    lm, *_ = demo_step(small_demo)
+    case = prefix_case(lm)
+    seconds = alternate(15, **{name: lambda inputs=inputs: forward_backward(lm, *inputs) for name, inputs in case.items()})
+    print("\nmedian seconds:", {name: round(s, 3) for name, s in seconds.items()})
+    print(f"time, separate rows / shared prefix: {seconds['separate'] / seconds['shared']:.2f}")
+    peak = {name: float(run("-c", PEAK, small_demo / "model", name)) for name in case}
+    print("peak GiB of the pass:", {name: round(p, 3) for name, p in peak.items()})
+    print(f"memory, shared prefix / separate rows: {peak['shared'] / peak['separate']:.2f}")
