@@ -1871,6 +1871,8 @@ def test_speed_of_a_step(small_demo):
     print(f"straightforward step / ours: {seconds['straightforward'] / seconds['step']:.2f}")
     print(f"generate(num_return_sequences) / rollout: {seconds['generate'] / seconds['rollout']:.2f}")
     print(f"TARS / GRPO: {seconds['tars'] / seconds['grpo']:.3f}")
+    assert seconds["straightforward"] > 2.5 * seconds["step"] and seconds["generate"] > 1.3 * seconds["rollout"]
+    assert seconds["tars"] < 1.044 * seconds["grpo"]  # the paper's own overhead, Table 8
 
 
 def forward_backward(lm, prompts, ids, mask):
@@ -1913,3 +1915,4 @@ def test_speed_and_memory_of_the_shared_prefix(small_demo):
     peak = {name: float(run("-c", PEAK, small_demo / "model", name)) for name in case}
     print("peak GiB of the pass:", {name: round(p, 3) for name, p in peak.items()})
     print(f"memory, shared prefix / separate rows: {peak['shared'] / peak['separate']:.2f}")
+    assert seconds["separate"] > 2 * seconds["shared"] and peak["separate"] > 2 * peak["shared"]
