@@ -166,7 +166,7 @@ class Config:
     lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "Table 5")
     lora_alpha: int = setting(32, "LoRA's update is scaled by lora_alpha / lora_rank", "Table 5")
     # memory and output
-    tokens_per_micro_batch: int = setting(16384, "whole groups per paired forward, up to so many tokens; memory against speed")
+    tokens_per_micro_batch: int = setting(16384, "paired forward: whole groups, up to so many tokens at once")
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
     eval_batch: int = setting(8, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
@@ -525,8 +525,8 @@ class SpeechLM:
         itself = torch.eye(repeats, dtype=torch.bool, device=self.device)
         for t in range(max_new_tokens):
             logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * repeats, V]
-            sample = lambda: torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            token = (sample() if temperature else logits.argmax(-1)).view(-1, repeats)  # [n, repeats]
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator) if temperature else logits.argmax(-1)
+            token = token.view(-1, repeats)  # [n, repeats]
             alive[row, :, t] = ~finished[row]
             ids[row, :, t] = token.masked_fill(finished[row], self.pad_id)
             finished[row] |= torch.isin(token, self.eos_ids)
@@ -543,7 +543,7 @@ class SpeechLM:
         return shape(ids[..., : t + 1]), shape(alive[..., : t + 1].long()), shape(~finished)
 
     def _decode(self, embeds, mask, position_ids, cache=None):
-        """Run the LLM on [N, T, H]; `mask` also covers what the cache holds, or is [N, 1, T, T]: who sees whom."""
+        """Run the LLM on [N, T, H]; `mask` is [N, T], or [N, 1, T, cached + T]: who sees whom."""
         return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
                             use_cache=cache is not None).last_hidden_state
 
@@ -941,10 +941,10 @@ def micro_batches(prompt_mask, completion_mask, budget):
     fails at once; and questions of a length go together, with little padding.
     """
     P, C = prompt_mask.sum(-1).amax(1).tolist(), completion_mask.sum(-1).amax((1, 2)).tolist()  # longest of each group
-    row = lambda batch: max(P[q] for q in batch) + completion_mask.shape[2] * max(C[q] for q in batch)
+    width = lambda batch: max(P[q] for q in batch) + completion_mask.shape[2] * max(C[q] for q in batch)
     batches = []
-    for q in sorted(range(len(P)), key=lambda q: -row([q])):
-        if batches and 2 * (len(batches[-1]) + 1) * row([*batches[-1], q]) <= budget:
+    for q in sorted(range(len(P)), key=lambda q: -width([q])):
+        if batches and 2 * (len(batches[-1]) + 1) * width([*batches[-1], q]) <= budget:
             batches[-1].append(q)
         else:
             batches.append([q])
@@ -1010,9 +1010,10 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     rep = torch.zeros_like(beh)  # [B, G/2]
     rewards, advantages = base.clone(), torch.zeros_like(base)  # [B, 2, G/2]
     old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
+    groups = micro_batches(prompts.mask, completion_mask, cfg.tokens_per_micro_batch)
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
-        for group in micro_batches(prompts.mask, completion_mask, cfg.tokens_per_micro_batch):  # b questions
+        for group in groups:  # b questions
             # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
             longest = completion_mask[group].sum(-1).max()
             part_of = lambda x: x[group, ..., :longest]  # [B, 2, G/2, C] -> [b, 2, G/2, longest]
