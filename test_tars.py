@@ -277,6 +277,9 @@ def test_ngram_embedder_by_hand():
     same, other, far = NGramEmbedder().embed(["a b", "a c", "x y"])
     assert same.norm().item() == pytest.approx(1)
     assert (same @ other).item() == pytest.approx(1 / 3, abs=1e-6) and (same @ far).item() == 0
+    # "a a" has the word a twice and the pair "a a" once, "a" the word once: 2 / sqrt(2 * 2 + 1 * 1).
+    twice, once = NGramEmbedder().embed(["a a", "a"])
+    assert (twice @ once).item() == pytest.approx(2 / math.sqrt(5), abs=1e-6)
 
 
 def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint, tmp_path):
