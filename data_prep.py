@@ -295,8 +295,8 @@ def answer_loss(lm, spoken, answers):
     """Mean loss of the worked answers' tokens under the spoken prompts; both are lists, [n, H] and [C] a question."""
     table = lm.model.get_input_embeddings().weight  # [V, H]
     embed = lambda text: table[lm.tokenizer(text).input_ids]  # [tokens, H]
-    before = embed(lm.front.before_user + lm.front.before_audio)
-    after = embed(lm.front.after_audio + lm.front.after_user)
+    before = embed(lm.family.before_user + lm.family.before_audio)
+    after = embed(lm.family.after_audio + lm.family.after_user)
     rows = [torch.cat([before, clip, after, table[answer]]) for clip, answer in zip(spoken, answers)]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padded on the right, where nothing looks
     hidden = lm.decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
@@ -311,7 +311,7 @@ def spoken_accuracy(lm, questions):
     for first in range(0, len(questions), 64):
         batch = questions[first : first + 64]
         prompts = lm.prompts([[lm.spoken_turn(question)] for question in batch])  # [b, 1, P, H]
-        completions = lm.decode(*lm.rollout(prompts, 1, 26, temperature=0)[:2])
+        completions = lm.detokenize(*lm.rollout(prompts, 1, 26, temperature=0)[:2])
         right += sum(answer == LETTERS[question["answer_index"]]
                      for question, answer in zip(batch, extract_answers(batch, completions)))
     return right / len(questions)
@@ -330,8 +330,8 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     optimizer = torch.optim.AdamW(tower, lr=3e-3)
     table, token = lm.model.get_input_embeddings().weight, lm.tokenizer.convert_tokens_to_ids
     pause, accuracy, order = token(PAUSE), 0.0, []
-    answers = [torch.tensor(lm.tokenizer(answer + lm.front.end_of_turn[0]).input_ids) for answer in answers]
-    mels = [lm.extractor(read_clip(row["audio"]["bytes"]).numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
+    answers = [torch.tensor(lm.tokenizer(answer + lm.family.end_of_turn[0]).input_ids) for answer in answers]
+    mels = [lm.feature_extractor(read_clip(row["audio"]["bytes"]).numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
                          return_tensors="pt").input_features[0].T for row in tqdm(rows, desc="features", unit="clip")]
     bar = tqdm(range(1, steps + 1), desc="base model 2/2: encoder and projector, LLM frozen", unit="step")
     for step in bar:
@@ -401,7 +401,7 @@ def demo(args):
     for part in parts:
         questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
         questions.save_to_disk(aside / part)
-    for piece in (model, tokenizer, lm.extractor):
+    for piece in (model, tokenizer, lm.feature_extractor):
         piece.save_pretrained(aside / "model")
     write_json(aside / "model" / "tars_config.json", DEMO_SETTINGS)
     aside.rename(out)
@@ -610,7 +610,7 @@ class Listener:
     """Speech to text with Whisper."""
 
     def __init__(self, name, device):
-        self.extractor = WhisperFeatureExtractor.from_pretrained(name)
+        self.feature_extractor = WhisperFeatureExtractor.from_pretrained(name)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.model = WhisperForConditionalGeneration.from_pretrained(name).to(device).eval()
 
@@ -618,8 +618,8 @@ class Listener:
     def transcribe(self, waveform):
         """Waveform [T] at 16 kHz, of any length -> text."""
         # Whisper hears windows of 30 s: a shorter clip is padded to one, a longer one is heard window by window.
-        long = len(waveform) > self.extractor.n_samples
-        features = self.extractor(np.asarray(waveform), sampling_rate=SAMPLE_RATE, truncation=not long,
+        long = len(waveform) > self.feature_extractor.n_samples
+        features = self.feature_extractor(np.asarray(waveform), sampling_rate=SAMPLE_RATE, truncation=not long,
                                   padding="longest" if long else "max_length", return_attention_mask=True,
                                   return_tensors="pt")
         ids = self.model.generate(**features.to(self.model.device), return_timestamps=long)

@@ -6,6 +6,9 @@
   python eval.py --asr                                        # word error rate of the model as a transcriber
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
   python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy and MRR over training steps
+  python eval.py --explain                                    # one group worked through, equation by equation
+  python eval.py --explain RUN                                # the same with the settings of a run
+  python eval.py --random-weights Qwen/Qwen2.5-Omni-7B        # two steps on noise: seconds and memory, no download
 
 Accuracies come with their 95 % Wilson intervals. Answers are greedy; each is kept in --out, one JSON line a question
 and modality, and a run that was stopped continues from there. Another adapter, data set or setting gets another file.
@@ -16,32 +19,61 @@ Imports: this file imports tars.py and data_prep.py; nothing imports this file.
 import argparse
 import json
 import math
+import re
+import textwrap
 import zlib
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data_prep import Listener, resume, word_error_rate
 from tars import (
+    FAMILIES,
     LETTERS,
     MODALITIES,
+    SAMPLE_RATE,
+    Config,
+    NGramEmbedder,
     SpeechLM,
     UserError,
+    against_references,
     answer_greedily,
+    attach_lora,
+    check,
     default_device,
     eval_batches,
-    load_adapter,
+    extract_answers,
+    family_of,
+    grpo_loss,
+    layer_slice,
+    load_embedder,
     load_extractor,
     load_helper,
     load_questions,
+    lora_layers,
+    make_trainable,
+    modality_advantages,
     modality_recovery_rate,
     parse_config,
+    peak_memory,
     positions,
+    precision,
     read_clip,
+    representation_reward,
     run,
+    score_texts,
+    to_device,
+    total_reward,
+    train_step,
+    wav_bytes,
 )
 
 ASR_REQUEST = "Transcribe the audio clip into text."
@@ -72,7 +104,31 @@ def table(head, rows):
 # ======================================================================================================================
 # 2. Table 1: accuracy on speech (A) and on text (T), MRR
 # ======================================================================================================================
-def models(args, cfg):
+def load_adapter(lm, path):
+    """Attach a saved adapter to a base model. Raises UserError if it is missing or belongs to another model."""
+    path = Path(path)
+    if not (path / "adapter_config.json").exists():
+        raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
+    try:
+        settings = json.loads((path / "adapter_config.json").read_text())
+        tensors = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} holds a broken adapter: {str(error).splitlines()[0]}") from error
+    attach_lora(lm, settings["r"], settings["lora_alpha"])
+    # Compared from `layers.` on: where the decoder sits in the model differs between versions of transformers.
+    tail = lambda name: name.split("layers.", 1)[1].removesuffix(".weight")
+    tensors = {tail(name): tensor for name, tensor in tensors.items()}
+    weights = {f"{tail(name)}.{part}": getattr(m, part)
+               for name, m in lora_layers(lm).items() for part in ("lora_A", "lora_B")}
+    if {n: t.shape for n, t in tensors.items()} != {n: w.shape for n, w in weights.items()}:
+        base = settings["base_model_name_or_path"]
+        raise UserError(f"{path} was trained on another model, {base}: give the adapter's own model")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[name])
+
+
+def speech_lms(args, cfg):
     """Yield (name, SpeechLM) for the base model and for each adapter on it, one in memory at a time."""
     for adapter in [None, *args.adapter]:
         lm = SpeechLM.from_pretrained(args.model)
@@ -81,7 +137,7 @@ def models(args, cfg):
         yield adapter or "base", lm
 
 
-def kept(name, data, questions, each, answer, args, cfg):
+def cached_records(name, data, questions, each, answer, args, cfg):
     """The records of one measurement, `each` of them a question, in order; every one is written to a file in args.out.
 
     Those of an earlier run are read from there, the rest come in batches from answer(first question). The file is told
@@ -110,13 +166,13 @@ def kept(name, data, questions, each, answer, args, cfg):
 def cascade(lm, listener, questions, extract, cfg, start):
     """Whisper transcribes each clip, the model answers the transcript in writing: batches of records."""
     for batch in eval_batches(questions, cfg, "cascade", start):
-        heard = [listener.transcribe(read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
+        transcripts = [listener.transcribe(read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
         with torch.no_grad():
-            prompts = lm.prompts([[lm.embed_text(text)] for text in heard])  # [b, 1, P, H]
-        completions = lm.decode(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
+            prompts = lm.prompts([[lm.embed_text(text)] for text in transcripts])  # [b, 1, P, H]
+        completions = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
         yield [{"key": q["key"], "modality": "speech", "completion": completion, "answer": answer,
                 "right": answer == LETTERS[q["answer_index"]], "heard": text}
-               for q, text, completion, answer in zip(batch, heard, completions, extract(batch, completions))]
+               for q, text, completion, answer in zip(batch, transcripts, completions, extract(batch, completions))]
 
 
 def accuracy_cell(records):
@@ -130,10 +186,11 @@ def compare(args, cfg, sets):
     """Print Table 1: one row a model, two columns a data set, averages, unparsed share, MRR."""
     extract = load_extractor(cfg, default_device())
     rows, base_text = [], args.base_text_accuracy
-    for name, lm in models(args, cfg):
+    for name, lm in speech_lms(args, cfg):
         measured = {}
         for data, questions in sets.items():
-            records = kept(name, data, questions, 2, partial(answer_greedily, lm, questions, extract, cfg), args, cfg)
+            answer = partial(answer_greedily, lm, questions, extract, cfg)
+            records = cached_records(name, data, questions, 2, answer, args, cfg)
             measured[data] = {m: [r for r in records if r["modality"] == m] for m in MODALITIES}
         if base_text is None:
             base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
@@ -141,7 +198,7 @@ def compare(args, cfg, sets):
         if name == "base" and args.cascade:
             listener = load_helper(Listener, "--cascade", args.cascade, default_device())
             name = f"cascade {args.cascade}"
-            rows.append(row_of(name, {data: {"speech": kept(
+            rows.append(row_of(name, {data: {"speech": cached_records(
                 name, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
                 for data, questions in sets.items()}, base_text))
     sizes = ", ".join(f"{data}: {len(questions)} questions" for data, questions in sets.items())
@@ -172,7 +229,7 @@ def row_of(name, measured, base_text):
 def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = []
-    for name, lm in models(args, cfg):
+    for name, lm in speech_lms(args, cfg):
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_REQUEST).input_ids:
             raise UserError(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
                             "this model (the demo's, say) was never taught to transcribe")
@@ -183,8 +240,8 @@ def transcribe(args, cfg, sets):
                 with torch.no_grad():
                     request = lm.embed_text(ASR_REQUEST)
                     prompts = lm.prompts([[torch.cat([lm.spoken_turn(q), request])] for q in batch])  # [b, 1, P, H]
-                heard = lm.decode(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
-                errors += [word_error_rate(q["prompt_for_tts"], text) for q, text in zip(batch, heard)]
+                transcripts = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
+                errors += [word_error_rate(q["prompt_for_tts"], text) for q, text in zip(batch, transcripts)]
             mean, half = mean_and_interval(100 * np.array(errors))
             cells.append(f"{mean:.1f} +- {half:.1f}")
         rows.append([name, *cells])
@@ -224,7 +281,7 @@ def layer_cosines(lm, questions, cfg):
 def drift(args, cfg, sets):
     """Print the cosine per layer of every model over all data sets; with --plot, draw it."""
     lines = {}
-    for name, lm in models(args, cfg):
+    for name, lm in speech_lms(args, cfg):
         lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
     rows = [[str(l), *(f"{mean[l - 1]:.4f} +- {half[l - 1]:.4f}" for mean, half in lines.values())] for l in layers]
@@ -307,7 +364,163 @@ def save(figure, path):
 
 
 # ======================================================================================================================
-# 6. The command line
+# 6. --explain: one group worked through as on paper
+# ======================================================================================================================
+def explain(lm, question, embedder, extract, cfg):
+    """One group worked through as on paper, each equation with its numbers put in, within 100 columns."""
+    half, generator = cfg.group_size // 2, torch.Generator(lm.device).manual_seed(cfg.seed)
+    prompts = lm.embed([question])  # [1, 2, P, H]
+    ids, mask, truncated = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)  # [1, 2, G/2, C]
+    texts = score_texts(lm, [question], ids, mask, embedder, extract, cfg, generator)
+    with torch.no_grad():
+        logps, states = lm.forward(prompts.rows(), ids.flatten(0, 1), mask.flatten(0, 1), cfg.temperature)
+    states = states[None, :, :, layer_slice(cfg.layers, states.shape[2])].float()  # [1, 2, G/2, L, H]
+    by_layer = [against_references(representation_reward, state[..., None, :], texts.references)[0].tolist()
+                for state in states.unbind(3)]  # L lists of G/2 cosines
+    rep = against_references(representation_reward, states, texts.references)  # [1, G/2]
+    rewards = texts.base.clone()
+    rewards[:, 0] = total_reward(texts.base[:, 0], rep, texts.beh, cfg.alpha, cfg.beta)
+
+    print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}\n"
+          f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
+          "to the written one.")
+    explain_texts(texts, half, cfg)
+    explain_rewards(texts, by_layer, rep, rewards, half, cfg)
+    # The token whose loss is shown: from the middle of the answer with the largest advantage.
+    A = modality_advantages(rewards).flatten()
+    best = A.abs().argmax().item()
+    token = int(mask.flatten(0, 2)[best].sum()) // 2
+    name, word = row_names(half)[best], lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item())
+    explain_loss(f"token {token + 1} of {name}, {word!r}", logps.flatten(0, 1)[best, token].item(), A[best].item(),
+                 int((mask * ~truncated[..., None]).sum()), cfg)
+
+
+def row_names(half):
+    """S1 S2 ... T1 T2 ..., in row order."""
+    return [f"{m}{s + 1}" for m in "ST" for s in range(half)]
+
+
+def show(title, function, rows):
+    """A block of --explain: a title, the function of this file that it is about, lines cut at 100 columns."""
+    print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
+
+
+def explain_texts(texts, half, cfg):
+    """The answers, Eq. (3), the references."""
+    names, numbers = row_names(half), zip(texts.acc.flatten(), texts.fmt.flatten(), texts.base.flatten())
+    show("The model answers G times, half from speech, half from text", "rollout",
+         [f"  {n}  {textwrap.shorten(c, 94, placeholder=' ...')}" for n, c in zip(names, texts.completions)])
+    show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
+         [f"  {n}  answer {answer or '-'}:  {acc:.0f} + {cfg.lam:g} * {fmt:.0f} = {base:.2f}"
+          for n, answer, (acc, fmt, base) in zip(names, texts.answers, numbers)])
+    show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
+         ["  " + "   ".join(f"{n} -> {reference_name(r)}" for n, r in zip(names, texts.references[0]))])
+
+
+def reference_name(index):
+    """T1, T2, ... or that there is none and the reward 0."""
+    return f"T{index + 1}" if index >= 0 else "none: 0"
+
+
+def explain_rewards(texts, by_layer, rep, rewards, half, cfg):
+    """Eq. (4), (5), (6), (2), (7). by_layer: L lists of G/2 cosines, rep [1, G/2], rewards [1, 2, G/2]."""
+    names, L = row_names(half), len(by_layer)
+    pairs = [f"  {n}  cos with {reference_name(r)}:" for n, r in zip(names, texts.references[0])]
+    shown = sorted({0, L // 2, L - 1})
+    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
+         [f"{pair}  " + "  ".join(f"layer {l + 1} {by_layer[l][s]:.3f}" for l in shown) +
+          f"   mean of {L} layers {rep[0, s]:.3f}" for s, pair in enumerate(pairs)])
+    show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
+         [f"{pair} {texts.beh[0, s]:.3f}" for s, pair in enumerate(pairs)])
+    spoken = zip(names, texts.base[0, 0], rep[0], texts.beh[0], rewards[0, 0])
+    show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh, speech only", "total_reward",
+         [f"  {n}  {base:.2f} + {cfg.alpha:g} * {r:.3f} + {cfg.beta:g} * {b:.3f} = {R:.3f}"
+          for n, base, r, b, R in spoken] +
+         [f"  {n}  {R:.3f}" for n, R in zip(names[half:], rewards[0, 1])])
+    mu_speech, mu_text = means = [f"{mean:.3f}" for mean in rewards[0].mean(-1)]
+    own, joint = modality_advantages(rewards).flatten(), modality_advantages(rewards, joint=True).flatten()
+    show(f"Eq. (7)  A = R - mean of its modality (S {mu_speech}, T {mu_text})", "modality_advantages",
+         [f"  {n}  {R:.3f} - {means[i // half]} = {own[i]:+.3f}    "
+          f"with one joint mean, {rewards.mean():.3f}: {joint[i]:+.3f}"
+          for i, (n, R) in enumerate(zip(names, rewards.flatten()))])
+
+
+def explain_loss(token, logp, A, n_tokens, cfg):
+    """The loss of one token, and what clipping would do to it. logp and A are numbers."""
+    low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
+    far = high + 0.22
+    at = lambda ratio: grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([A]),
+                                 torch.ones(1, 1), cfg.eps_low, cfg.eps_high, n_tokens)
+    show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
+         [f"  {token}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
+          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens} = {at(1):+.5f}",
+          "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
+          f"  were rho {far:g}: - min({far * A:+.3f}, {high * A:+.3f}) / {n_tokens} = {at(far):+.5f}"])
+
+
+# ======================================================================================================================
+# 7. --random-weights: does a run fit the GPU?
+# ======================================================================================================================
+def byte_tokenizer(family):
+    """A stand-in tokenizer for random weights: one token a byte, and the control tokens of the family's template."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "".join([family.before_user, family.before_audio, family.after_audio, family.after_user,
+                        *family.end_of_turn])
+    control = sorted(set(re.findall(r"<\|\w+\|>", template)))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def with_random_weights(path):
+    """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
+
+    `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
+    Answers never end by themselves. Raises UserError for another name.
+    """
+    family = family_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
+    if family is None:
+        names = " or ".join(f.repository for f in FAMILIES)
+        raise UserError(f"--random-weights {path}: give {names}, or a directory with a config.json")
+    config_class = family.model_class.config_class
+    config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**family.config_defaults)
+    with torch.device(default_device()):
+        model = family.model_class._from_config(config, dtype=precision(), attn_implementation="sdpa")
+    feature_extractor = family.feature_extractor_class(**family.feature_extractor_defaults)
+    lm = SpeechLM(family, to_device(model, family), byte_tokenizer(family), feature_extractor)
+    lm.eos_ids = lm.eos_ids[:0]
+    return lm
+
+
+def random_weights(args):
+    """Two training steps on noise, every answer of full length, to see seconds a phase and peak memory.
+
+    Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
+    """
+    given = ("questions_per_step", "group_size", "max_new_tokens", "tokens_per_micro_batch")
+    given = {name: value for name in given if (value := getattr(args, name)) is not None}
+    cfg = Config(model=args.random_weights, **given)
+    check(cfg)
+    lm = with_random_weights(cfg.model)
+    rng = np.random.default_rng(cfg.seed)
+    clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * args.audio_seconds)))
+    # Read aloud, English is about 15 characters a second.
+    questions = [{"key": f"noise-{i}", "question": "word " * int(3 * args.audio_seconds), "options": list(LETTERS),
+                  "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
+    optimizer, generator = make_trainable(lm, cfg)
+    for step in range(2):
+        metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
+        phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}
+        seconds = sum(phases.values())
+        if step == 0:
+            print("".join(f"{name:>11}" for name in ("step", *phases, "total s", "tokens/s", "peak GiB")))
+        print(f"{step + 1:>11}" + "".join(f"{s:>11.2f}" for s in (*phases.values(), seconds)) +
+              f"{metrics['tokens'] / seconds:>11.0f}{peak_memory(lm.device):>11.2f}", flush=True)
+
+
+# ======================================================================================================================
+# 8. The command line
 # ======================================================================================================================
 def main(arguments=None):
     """Measure what the command line names."""
@@ -326,6 +539,10 @@ def main(arguments=None):
         ("--base-text-accuracy", float, "MRR's denominator in percent [the base model's, measured]"),
         ("--cascade", str, "a Whisper model that transcribes the clips for the base model's text branch"),
         ("--plot", str, "file of the figure, such as layers.png"),
+        ("--random-weights", str, "two training steps of this architecture on noise; with the five flags below"),
+        ("--questions-per-step", int, "B [8]"),
+        ("--group-size", int, "G [8]"),
+        ("--tokens-per-micro-batch", int, "[16384]"),
     ):
         parser.add_argument(flag, type=kind, metavar="", help=help)
     for flag, help in (("--adapter", "--out directories of tars.py [runs/tars with the demo's model]"),
@@ -333,13 +550,21 @@ def main(arguments=None):
         parser.add_argument(flag, nargs="+", metavar="", help=help)
     for flag, help in (("--asr", "measure the model as a transcriber"), ("--layers", "Figure 2")):
         parser.add_argument(flag, action="store_true", help=help)
+    parser.add_argument("--audio-seconds", type=float, default=60.0, metavar="", help="length of the noise [60]")
+    parser.add_argument("--explain", nargs="?", const="", metavar="RUN", help="one group, equation by equation")
     args = parser.parse_args(arguments)
+    if args.random_weights:
+        return random_weights(args)
     if args.curves:
         args.plot = args.plot or "curves.png"
         return curves(args)
     own = [f"--{flag.replace('_', '-')}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")
            if (value := getattr(args, flag)) is not None]
-    cfg = parse_config(own, not_built)
+    cfg = settings_of(args.explain) if args.explain else parse_config(own, not_built)
+    if args.explain is not None:
+        lm = SpeechLM.from_pretrained(cfg.model)
+        embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
+        return explain(lm, load_questions(cfg.data)[0], embedder, extract, cfg)
     if args.adapter is None:
         args.adapter = ["runs/tars"] if args.model == "runs/demo/model" else []
     sets = {}
@@ -347,6 +572,15 @@ def main(arguments=None):
         questions = load_questions(path)
         sets[Path(path).name] = questions.select(range(min(args.limit or len(questions), len(questions))))
     (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)
+
+
+def settings_of(folder):
+    """The settings of a run, from its config.json. Raises UserError if there is none."""
+    try:
+        saved = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--explain {folder}: it holds no config.json, give the --out directory of a run") from error
+    return Config(**{field.name: saved[field.name] for field in fields(Config) if field.name in saved})
 
 
 def not_built(folder):

@@ -49,7 +49,7 @@ Commands (README.md has more):
 
   python tars.py                                               # the whole method, offline on a laptop
   python tars.py --alpha 0 --beta 0 --out runs/grpo            # plain GRPO, to compare with
-  python tars.py --explain                                     # one group worked through, equation by equation
+  python eval.py --explain                                     # one group worked through, equation by equation
   python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR
   python tars.py --help                                        # every setting and where the paper gives it
 
@@ -89,8 +89,7 @@ import torch.nn.functional as F
 import torchaudio
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import (
     AutoModel,
@@ -100,7 +99,6 @@ from transformers import (
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2_5OmniThinkerForConditionalGeneration,
     WhisperFeatureExtractor,
 )
@@ -110,10 +108,7 @@ from transformers.utils import cached_file
 #   B questions, G samples of a question (G/2 per modality), N rows of any kind, P prompt and C completion tokens,
 #   L layers, H hidden size, V vocabulary, D sentence-embedding size. Modality 0 is speech, 1 is text.
 MODALITIES = ("speech", "text")
-
-
-class UserError(Exception):
-    """Something the user can mend. main() prints it as one line and exits with code 2."""
+LETTERS = "ABCD"
 
 
 # ======================================================================================================================
@@ -174,43 +169,599 @@ class Config:
     resume: str = setting("", "go on from --out's last checkpoint; `--resume auto`: if there is one", nargs="?",
                           const="last", choices=("last", "auto"), metavar="auto")
     sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
-    # other things to do than to train
-    explain: bool = setting(False, "work one group through on paper, equation by equation, and stop")
-    random_weights: bool = setting(False, "two steps of --model with random weights on noise: does a run fit the GPU?")
-    audio_seconds: float = setting(60.0, "length of that noise, in seconds", "the paper's clips: 73 s on average")
 
 
-def parse_config(arguments, build_demo):
-    """Config from the command line: a flag beats the model's own tars_config.json, which beats the default.
+# ======================================================================================================================
+# 2. The equations, in the paper's order
+# ======================================================================================================================
+def modality_recovery_rate(speech_accuracy, base_text_accuracy):
+    """Eq. (1), in percent: speech accuracy over that of the *original* text backbone on text (nan if that is 0)."""
+    return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else float("nan")
 
-    `build_demo(path)` is called when the default model is asked for and is not there yet.
+
+def total_reward(base, rep, beh, alpha=1.0, beta=1.0):
+    """Eq. (2), speech branch. R = R_base + alpha R_rep + beta R_beh. A written answer's reward is its R_base alone."""
+    return base + alpha * rep + beta * beh
+
+
+ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD][.:,].*</answer>", re.DOTALL)
+
+
+def format_reward(completion):
+    """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0."""
+    return 1.0 if ANSWER_FORMAT.fullmatch(completion) else 0.0
+
+
+def base_reward(acc, fmt, lam=0.5):
+    """Eq. (3). acc and fmt in {0, 1}, any shape. R_base = R_acc + lambda R_fmt."""
+    return acc + lam * fmt
+
+
+def pool_hidden_states(hidden, completion_mask):
+    """Eq. (4). hidden [..., T, H], completion_mask [..., T] (1 on generated positions) -> their mean [..., H]."""
+    mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [..., T, 1]
+    return (hidden * mask).sum(-2) / mask.sum(-2).clamp(min=1)
+
+
+def representation_reward(speech, text):
+    """Eq. (5). Pooled states [..., L, H] of both -> [...]. R_rep = (1/L) sum_l cos(h_speech^(l), h_text^(l))."""
+    return F.cosine_similarity(speech, text, dim=-1).mean(-1)
+
+
+def pick_references(text_correct, generator=None):
+    """y*_text of Eq. (5) and (6): for each spoken answer one correct written answer of its group, drawn at random.
+
+    text_correct: bool [B, G/2] -> index into the group's text answers, long [B, G/2]; -1 where none is correct.
     """
-    table = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120)
-    parser = argparse.ArgumentParser(prog="tars.py", usage="tars.py [--setting value ...]", allow_abbrev=False,
-                                     description="setting: meaning [default; where the paper gives it]",
-                                     formatter_class=table)
-    for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind | f.metadata["flag"])
-    flags = vars(parser.parse_args(arguments))
-    model = Path(flags.get("model", Config.model))
-    if str(model) == Config.model and not model.exists():
-        build_demo(model.parent)
-    recommended = {}
-    if (model / "tars_config.json").exists():
-        recommended = json.loads((model / "tars_config.json").read_text())
-        if unknown := recommended.keys() - {f.name for f in fields(Config)}:
-            raise UserError(f"{model}/tars_config.json has the unknown setting(s) {', '.join(sorted(unknown))}")
-        recommended |= {k: os.path.normpath(model / recommended[k]) for k in ("data", "eval_data") if k in recommended}
-    return Config(**(recommended | flags))
+    weights = text_correct.float() + (~text_correct.any(-1, keepdim=True)).float()  # uniform where there is no choice
+    drawn = torch.multinomial(weights, text_correct.shape[-1], replacement=True, generator=generator)
+    return drawn.masked_fill(~text_correct.any(-1, keepdim=True), -1)
+
+
+def against_references(reward, features, references):
+    """An alignment reward, Eq. (5) or (6), of every spoken answer with its reference; 0 where there is none.
+
+    features: [B, 2, G/2, ...] of both modalities, references: [B, G/2] -> [B, G/2].
+    """
+    group = torch.arange(len(features), device=features.device)[:, None]  # [B, 1]
+    speech, text = features[:, 0], features[group, 1, references.clamp(min=0)]  # [B, G/2, ...]
+    return torch.where(references >= 0, reward(speech, text), 0.0)
+
+
+def behavior_reward(speech, text):
+    """Eq. (6). Sentence embeddings [..., D] of both answers -> [...]. R_beh = cos(E(y_speech), E(y*_text))."""
+    return F.cosine_similarity(speech, text, dim=-1)
+
+
+def modality_advantages(rewards, joint=False):
+    """Eq. (7). rewards [B, 2, G/2] -> same. A_{i,m} = r_{i,m} - mu_m, mu_m the mean of modality m in the group.
+
+    Not divided by the standard deviation. With one joint mean the modality with the higher rewards is pushed up as a
+    whole and the other down, whatever they answer: text under R_base alone, speech where Eq. (2) adds to its rewards.
+    """
+    return rewards - rewards.mean((1, 2) if joint else -1, keepdim=True)
+
+
+def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask, eps_low=0.2, eps_high=0.28,
+              n_tokens=None):
+    """- sum over tokens of min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) / number of completion tokens.
+
+    log-probs [N, T], advantages [N], completion_mask [N, T] -> scalar. `n_tokens` is the count of the whole step where
+    these rows are only a part of it. On-policy rho is 1 and, as advantages sum to about 0, so is the value; its
+    gradient, A times the gradient of each log-prob, is not.
+    """
+    ratio = torch.exp(per_token_logps - old_per_token_logps)  # [N, T], rho = pi_theta / pi_old
+    A = advantages[:, None]  # [N, 1]
+    surrogate = torch.min(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # [N, T]
+    n_tokens = completion_mask.sum() if n_tokens is None else n_tokens
+    return -(surrogate * completion_mask).sum() / max(n_tokens, 1)
 
 
 # ======================================================================================================================
-# 2. Questions and prompts
+# 3. One step of the algorithm
 # ======================================================================================================================
+def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
+    """One step of TARS on B questions. Returns the numbers to log and the first group for a person to read.
+
+    Every tensor of the step is laid out [B, 2, G/2, ...]: question, modality (0 speech, 1 text), sample.
+    """
+    half = cfg.group_size // 2
+    parameters = optimizer.param_groups[0]["params"]
+    clock = Clock(lm.device)
+
+    # 1. Embed both prompts of every question. Encoder and projector are frozen: once serves roll-out and update.
+    prompts = lm.embed(questions)  # [B, 2, P, H]
+    clock("embed")
+
+    # 2. Roll out: the model answers each question G/2 times from speech and G/2 times from text.
+    rollout = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
+    completion_ids, completion_mask, truncated = rollout  # [B, 2, G/2, C] twice, [B, 2, G/2]
+    loss_mask = completion_mask * ~truncated[..., None]  # [B, 2, G/2, C]; a cut answer teaches nothing
+    n_tokens = sum_over_ranks(loss_mask.sum())
+    clock("rollout")
+
+    # 3. Score the texts: Eq. (3), the references, Eq. (6).
+    texts = score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator)
+    base, beh, references = texts.base, texts.beh, texts.references
+    clock("rewards")
+
+    rep = torch.zeros_like(beh)  # [B, G/2]
+    rewards, advantages = base.clone(), torch.zeros_like(base)  # [B, 2, G/2]
+    old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
+    batches = micro_batches(prompts.mask, completion_mask, cfg.tokens_per_micro_batch)
+    for update in range(cfg.updates_per_rollout):
+        loss = 0.0
+        for micro_batch in batches:  # b questions
+            # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
+            longest = completion_mask[micro_batch].sum(-1).max()
+            part_of = lambda x: x[micro_batch, ..., :longest]  # [B, 2, G/2, C] -> [b, 2, G/2, longest]
+            ids, mask = part_of(completion_ids).flatten(0, 1), part_of(completion_mask).flatten(0, 1)
+            logps, states = lm.forward(prompts.rows(micro_batch), ids, mask, cfg.temperature, pool=cfg.alpha != 0)
+            clock("forward")
+            if update == 0:
+                # 5. Rewards: Eq. (5), and Eq. (2) for speech only. Written answers keep R_base.
+                if cfg.alpha:
+                    states = states.unflatten(0, (-1, 2)).float()  # [b, 2, G/2, L, H]
+                    states = states[..., layer_slice(cfg.layers, states.shape[-2]), :]
+                    rep[micro_batch] = against_references(representation_reward, states, references[micro_batch])
+                rewards[micro_batch, 0] = total_reward(base[micro_batch, 0], rep[micro_batch], beh[micro_batch],
+                                                       cfg.alpha, cfg.beta)
+                # 6. Advantages: Eq. (7).
+                advantages[micro_batch] = modality_advantages(rewards[micro_batch], cfg.joint_norm)
+                # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
+                old_logps[micro_batch, ..., :longest] = logps.detach().view_as(part_of(old_logps))
+                clock("rewards")
+            # 7. Loss, normalised by the tokens of the whole step, and its gradient.
+            share = grpo_loss(logps.flatten(0, 1), part_of(old_logps).flatten(0, 2), advantages[micro_batch].flatten(),
+                              part_of(loss_mask).flatten(0, 2), cfg.eps_low, cfg.eps_high, n_tokens)
+            share.backward()
+            loss += share.item()
+            clock("backward")
+        # 8. Update LoRA's weights, unless a number ran away.
+        loss = sum_gradients_over_ranks(parameters, loss)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        clock("optimizer")
+
+    terms = {"acc": texts.acc, "fmt": texts.fmt, "reward": rewards, "advantage": advantages}
+    group = first_group(questions[0], texts.completions, terms, rep, beh, references)
+    metrics = step_means({"reward": rewards, "acc": texts.acc, "fmt": texts.fmt, "truncated": truncated,
+                          "unparsed": texts.unparsed, "length": completion_mask.sum(-1)}, rep, beh, references)
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite)}
+    metrics["tokens"] = sum_over_ranks(completion_mask.sum()).item()
+    return metrics | {f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}, group
+
+
+class Texts(NamedTuple):
+    """What the answers of a step, as texts, are worth."""
+
+    completions: list  # B * 2 * G/2 strings, in row order
+    answers: list  # of each the option it settles on, "A".."D" or None
+    acc: torch.Tensor  # [B, 2, G/2], R_acc
+    fmt: torch.Tensor  # [B, 2, G/2], R_fmt
+    unparsed: torch.Tensor  # [B, 2, G/2], 1 where there is no option
+    base: torch.Tensor  # [B, 2, G/2], R_base of Eq. (3)
+    references: torch.Tensor  # [B, G/2], y*_text of each spoken answer, -1 where there is none
+    beh: torch.Tensor  # [B, G/2], R_beh of Eq. (6); 0 where its weight is 0, for plain GRPO pays for none of it
+
+
+def score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator):
+    """All rewards that the completions [B, 2, G/2, C] earn as texts -> Texts."""
+    group = completion_ids.shape[:-1]  # B, 2, G/2
+    completions = lm.detokenize(completion_ids, completion_mask)  # B * 2 * G/2 strings
+    asked = [question for question in questions for _ in range(group[1] * group[2])]  # the question of each string
+    answers = extract(asked, completions)
+    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(group)
+    acc = as_group([answer == LETTERS[question["answer_index"]] for answer, question in zip(answers, asked)])
+    fmt = as_group([format_reward(completion) for completion in completions])
+    references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
+    beh = torch.zeros_like(acc[:, 0])  # [B, G/2]
+    if cfg.beta:
+        sentences = embedder.embed(completions).to(lm.device).view(*group, -1)  # [B, 2, G/2, D]
+        beh = against_references(behavior_reward, sentences, references)
+    unparsed = as_group([answer is None for answer in answers])
+    return Texts(completions, answers, acc, fmt, unparsed, base_reward(acc, fmt, cfg.lam), references, beh)
+
+
+def micro_batches(prompt_mask, completion_mask, budget):
+    """Pack a step's questions into paired forwards of at most `budget` tokens, padding included, the longest first.
+
+    prompt_mask: [B, 2, P], completion_mask: [B, 2, G/2, C]. Returns index tensors that hold each question once: groups
+    stay whole. A group that is longer than the budget goes alone. Longest first, a step that does not fit the memory
+    fails at once; and questions of a length go together, with little padding.
+    """
+    P, C = prompt_mask.sum(-1).amax(1).tolist(), completion_mask.sum(-1).amax((1, 2)).tolist()  # longest of each group
+    width = lambda batch: max(P[q] for q in batch) + completion_mask.shape[2] * max(C[q] for q in batch)
+    batches = []
+    for q in sorted(range(len(P)), key=lambda q: -width([q])):
+        if batches and 2 * (len(batches[-1]) + 1) * width([*batches[-1], q]) <= budget:
+            batches[-1].append(q)
+        else:
+            batches.append([q])
+    return [torch.tensor(batch, device=prompt_mask.device) for batch in batches]
+
+
+def layer_slice(layers, count):
+    """`all` or a range such as 11-20, counted from 1 -> slice. Raises UserError if the model has no such layers."""
+    if layers == "all":
+        return slice(0, count)
+    match = re.fullmatch(r"(\d+)-(\d+)", layers)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= count:
+        raise UserError(f"--layers {layers}: give `all` or a range within 1-{count}, such as 1-{count}")
+    return slice(int(match[1]) - 1, int(match[2]))
+
+
+# ======================================================================================================================
+# 4. SpeechLM: encoder -> projector -> LLM
+# ======================================================================================================================
+class SpeechLM:
+    """A speech LLM in three stages. Everything after `embed` is the same for every model family."""
+
+    def __init__(self, family, model, tokenizer, feature_extractor):
+        self.family, self.tokenizer, self.feature_extractor = family, tokenizer, feature_extractor
+        self.model = model.eval().requires_grad_(False)
+        self.decoder, self.embed_tokens = model.get_decoder(), model.get_input_embeddings()
+        self.device = model.device
+        *_, self.pad_id = eos_ids = tokenizer.convert_tokens_to_ids(list(family.end_of_turn))
+        self.eos_ids = torch.tensor(eos_ids, device=self.device)
+        self.placeholder_ids = torch.tensor(family.placeholders(model.config), device=self.device)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """A checkpoint directory or hub name -> SpeechLM; bfloat16 on a GPU, float32 on the CPU.
+
+        Raises UserError if there is no checkpoint at `path`, a part of it is missing or its family is unknown.
+        """
+        try:
+            family = family_of(path)
+            model = family.load(path, revision=family.revision, dtype=precision(), attn_implementation="sdpa")
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=family.revision)
+            feature_extractor = family.feature_extractor_class.from_pretrained(path, revision=family.revision)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is no usable checkpoint, here or on the hub: {reason}") from error
+        return cls(family, to_device(model, family), tokenizer, feature_extractor)
+
+    def part(self, name):
+        """Which part of the speech LLM the parameter `name` belongs to."""
+        modules = name.split(".")
+        if self.family.vision_part in modules:
+            return "vision (unused, kept on the CPU)"
+        if self.family.audio_part in modules:
+            return "audio encoder and projector"
+        return "lm_head" if "lm_head" in modules else "LLM"
+
+    @torch.no_grad()
+    def embed(self, questions):
+        """Both prompts of every question -> Prompts [B, 2, P, H]; encoder and projector run here and nowhere else."""
+        return self.prompts([[self.spoken_turn(question), self.embed_text(written_question(question))]
+                             for question in questions])
+
+    def spoken_turn(self, question):
+        """What the user says, [tokens, H]: the clip alone."""
+        clip = read_clip(question["audio"]["bytes"], question["key"])  # [T]
+        return torch.cat([self.embed_text(self.family.before_audio, special=True),
+                          self.family.encode(self.model, self.feature_extractor, clip),
+                          self.embed_text(self.family.after_audio, special=True)])
+
+    def embed_text(self, text, special=False):
+        """Text -> [tokens, H]. Control tokens are only read as such in our own template (`special`)."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+        return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    def prompts(self, user_turns):
+        """User turns [tokens, H], a list of B lists of M -> Prompts [B, M, P, H] around them, padded on the left."""
+        before = self.embed_text(self.family.before_user, special=True)
+        after = self.embed_text(self.family.after_user, special=True)
+        rows = [torch.cat([before, turn, after]) for turns in user_turns for turn in turns]  # B*M of [P, H]
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # [B*M, P, H]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        from_end = embeds.shape[1] - torch.arange(embeds.shape[1], device=self.device)  # [P]: P, ..., 2, 1
+        mask = (from_end <= lengths[:, None]).long()  # [B*M, P]
+        return Prompts(embeds.unflatten(0, (len(user_turns), -1)), mask.unflatten(0, (len(user_turns), -1)))
+
+    def logits(self, hidden, temperature):
+        """Last hidden states [N, H] -> logits [N, V] of the very distribution that roll-outs are drawn from."""
+        logits = self.model.lm_head(hidden).float()
+        logits[:, self.placeholder_ids] = -torch.inf
+        return logits / (temperature or 1.0)  # temperature 0 is greedy: the argmax needs no scaling
+
+    @torch.no_grad()
+    def rollout(self, prompts, repeats, max_new_tokens, temperature, generator=None):
+        """Sample `repeats` completions of each prompt; greedily if `temperature` is 0.
+
+        prompts: [B, M, P, H], M is 2 in training. Returns completion_ids and completion_mask [B, M, repeats, C] (the
+        mask runs through the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated
+        [B, M, repeats]. As in `forward`, the samples of a prompt share its row: each step reads `repeats` tokens side
+        by side, and the cache holds a prompt once. A row whose samples have all ended leaves the batch.
+        """
+        embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * M
+        cache = DynamicCache(config=self.decoder.config)
+        hidden = self._run_decoder(embeds, mask, positions(mask), cache)  # [N, P, H]
+        hidden = hidden[:, -1:].expand(-1, repeats, -1)  # [N, repeats, H]
+        ids = torch.full((len(mask), repeats, max_new_tokens), self.pad_id, device=self.device)  # [N, repeats, C]
+        alive = torch.zeros_like(ids, dtype=torch.bool)  # [N, repeats, C]
+        finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, repeats]
+        row = torch.arange(len(mask), device=self.device)  # [n], the rows still in the batch
+        sees = mask.bool()[:, None].expand(-1, repeats, -1)  # [n, repeats, P and the tokens since]
+        itself = torch.eye(repeats, dtype=torch.bool, device=self.device)
+        for t in range(max_new_tokens):
+            logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * repeats, V]
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator) if temperature else logits.argmax(-1)
+            token = token.view(-1, repeats)  # [n, repeats]
+            alive[row, :, t] = ~finished[row]
+            ids[row, :, t] = token.masked_fill(finished[row], self.pad_id)
+            finished[row] |= torch.isin(token, self.eos_ids)
+            going = ~finished[row].all(-1)  # [n]
+            if not going.any():
+                break
+            if not going.all():
+                row, sees = row[going], sees[going]
+                cache.batch_select_indices(going)
+            sees = torch.cat([sees, itself.expand(len(row), -1, -1)], dim=-1)
+            position_ids = (mask[row].sum(-1, keepdim=True) + t).expand(-1, repeats)  # [n, repeats]
+            hidden = self._run_decoder(self.embed_tokens(ids[row, :, t]), sees[:, None], position_ids, cache)
+        shape = lambda x: x.view(*prompts.mask.shape[:2], *x.shape[1:])  # rows: question, modality, sample
+        return shape(ids[..., : t + 1]), shape(alive[..., : t + 1].long()), shape(~finished)
+
+    def _run_decoder(self, embeds, mask, position_ids, cache=None):
+        """Run the LLM on [N, T, H]; `mask` is [N, T], or [N, 1, T, cached + T]: who sees whom."""
+        return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
+                            use_cache=cache is not None).last_hidden_state
+
+    def forward(self, prompts, completion_ids, completion_mask, temperature, pool=True):
+        """The paired forward: log-probs and pooled hidden states of given completions, in one pass.
+
+        prompts: [N, P, H], completion_ids and completion_mask: [N, G/2, C]. Returns per_token_logps [N, G/2, C] with
+        gradient and, detached, Eq. (4) for every layer [N, G/2, L, H] (None without `pool`). Neither all layers of all
+        tokens nor logits of all tokens ever exist. The completions of a prompt share its row, so that the prompt is
+        read once for them all:
+
+            row          prompt          | answer 1        | answer 2        | ...
+            positions    0 1 2 ... p-1   | p p+1 p+2 ...   | p p+1 p+2 ...   | ...
+            sees         prompt so far   | prompt, itself  | prompt, itself  | ...   never a sibling
+        """
+        (N, half, C), P = completion_ids.shape, prompts.mask.shape[1]
+        embeds = torch.cat([prompts.embeds, self.embed_tokens(completion_ids.flatten(1))], dim=1)  # [N, T, H]
+        present = torch.cat([prompts.mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T] with T = P + G/2 * C
+        step = torch.arange(C, device=self.device)
+        answer_positions = (prompts.mask.sum(-1, keepdim=True) + step).repeat(1, half)  # [N, G/2 * C]
+        position_ids = torch.cat([positions(prompts.mask), answer_positions], dim=1)  # [N, T]
+        part = torch.cat([step.new_full((P,), -1), torch.arange(half, device=self.device).repeat_interleave(C)])  # [T]
+        sees = ((part == -1) | (part[:, None] == part)).tril()  # [T, T], query x key
+        # A padded position sees itself: softmax over nothing would be NaN.
+        itself = torch.eye(len(part), dtype=torch.bool, device=self.device)  # [T, T]
+        mask = (sees & present[:, None, None, :]) | itself  # [N, 1, T, T]
+        with self._pooling(P, completion_mask) if pool else nullcontext() as pooled:
+            hidden = self._run_decoder(embeds, mask, position_ids)  # [N, T, H]
+        answers = hidden[:, P:].unflatten(1, (half, C))  # [N, G/2, C, H]
+        # The state before a token predicts it; before an answer's first token stands the prompt's last.
+        first = hidden[:, None, P - 1 : P].expand(-1, half, -1, -1)  # [N, G/2, 1, H]
+        predicts = torch.cat([first, answers[:, :, :-1]], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
+        logps = [recompute(self._token_logps, h, ids, temperature, use_reentrant=False)
+                 for h, ids in zip(predicts.split(1024), completion_ids.flatten().split(1024))]
+        return torch.cat(logps).view(N, half, C), torch.stack(pooled, dim=2) if pool else None
+
+    def _token_logps(self, hidden, ids, temperature):
+        return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
+
+    @contextmanager
+    def _pooling(self, P, completion_mask):
+        """While open, Eq. (4) is applied to each layer's output the moment it appears: a list of L tensors [N, G/2, H].
+
+        It closes before backward, where gradient checkpointing runs every layer again. The last layer is read after
+        the final norm, so that the list is what transformers calls hidden_states[1:].
+        """
+        pooled = []
+
+        def keep(module, inputs, hidden):  # hidden: [N, P + G/2 * C, H]
+            answers = hidden[:, P:].detach().unflatten(1, completion_mask.shape[1:])  # [N, G/2, C, H]
+            pooled.append(pool_hidden_states(answers, completion_mask))
+
+        hooks = [m.register_forward_hook(keep) for m in (*self.decoder.layers[:-1], self.decoder.norm)]
+        try:
+            yield pooled
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def recompute_layers(self):
+        """Gradient checkpointing: keep only each layer's input, and run the layer once more in backward."""
+        for layer in self.decoder.layers:
+            layer.forward = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def detokenize(self, completion_ids, completion_mask):
+        """Completions [..., C] -> list of strings in row order, without the end of turn."""
+        rows = zip(completion_ids.flatten(0, -2).tolist(), completion_mask.flatten(0, -2).sum(-1).tolist())
+        return self.tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompt embeddings and their mask; any leading shape, [B, 2] in training."""
+
+    embeds: torch.Tensor  # [..., P, H]
+    mask: torch.Tensor  # [..., P], 1 where there is a token
+
+    def rows(self, index=slice(None)):
+        """The prompts of some questions, one row each: [len(index) * 2, P, H], P no longer than they need."""
+        embeds, mask = self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1)
+        P = mask.sum(-1).max()
+        return Prompts(embeds[:, -P:], mask[:, -P:])
+
+
+def positions(mask):
+    """Position ids [N, P] of left-padded rows: a padded row starts at 0 like any other."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+# ======================================================================================================================
+# 5. LoRA, on every linear layer of the LLM and nowhere else
+# ======================================================================================================================
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at zero: at first y = W x."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, x):
+        """x [..., in] -> [..., out]."""
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)
+        return self.linear(x) + update.to(x.dtype)  # A and B are float32 also beside bfloat16 weights
+
+
+def attach_lora(lm, rank, alpha):
+    """Wrap every linear layer of the LLM. Returns the trainable parameters.
+
+    Only under `layers`: Phi's decoder also holds the audio encoder, and Qwen's audio encoder has a q_proj too.
+    """
+    for parent in list(lm.decoder.layers.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALinear(child, rank, alpha))
+    return [p for p in lm.decoder.parameters() if p.requires_grad]
+
+
+def lora_layers(lm):
+    """{module name in the model: LoRALinear}"""
+    return {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
+
+
+# ======================================================================================================================
+# 6. Evaluate and train
+# ======================================================================================================================
+def eval_batches(questions, cfg, desc, start=0):
+    """Lists of cfg.eval_batch questions from question `start` on, under a progress bar called `desc`."""
+    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc=desc, unit="batch", leave=False,
+                      disable=RANK > 0):
+        yield [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
+
+
+def answer_greedily(lm, questions, extract, cfg, start=0):
+    """Yield batches of records, one a question and modality: key, modality, completion, answer, right.
+
+    Begins at question `start`. An output in which no option is found has the answer None and counts as wrong.
+    """
+    for batch in eval_batches(questions, cfg, "evaluate", start):
+        ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
+        completions = lm.detokenize(ids, mask)  # b * 2 strings
+        asked = [(question, modality) for question in batch for modality in MODALITIES]
+        answers = extract([question for question, _ in asked], completions)
+        yield [{"key": question["key"], "modality": modality, "completion": completion, "answer": answer,
+                "right": answer == LETTERS[question["answer_index"]]}
+               for (question, modality), completion, answer in zip(asked, completions, answers)]
+
+
+def evaluate(lm, questions, extract, cfg):
+    """Accuracy of greedy answers to every question, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
+    share = questions.select(range(RANK, len(questions), RANKS))
+    records = [record for batch in answer_greedily(lm, share, extract, cfg) for record in batch]
+    right = [sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES]
+    right = sum_over_ranks(torch.tensor(right, device=lm.device)).tolist()
+    return {m: count / len(questions) for m, count in zip(MODALITIES, right)}
+
+
+def learning_rate(step, steps, cfg):
+    """Linear warm-up over the first `warmup` share of steps, then linear decay to zero. Steps count from 0."""
+    warmup = max(1, round(cfg.warmup * steps))
+    return cfg.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
+
+
+def data_order(count, cfg):
+    """Batches of question indices: every epoch a new seeded permutation, no question left out."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    steps = cfg.steps or max(1, cfg.epochs * count // cfg.questions_per_step)
+    order = torch.empty(0, dtype=torch.long)
+    while len(order) < steps * cfg.questions_per_step:
+        order = torch.cat([order, torch.randperm(count, generator=generator)])
+    return order.tolist(), steps
+
+
+def make_trainable(lm, cfg):
+    """Attach LoRA to a base model and say what is trained. Returns the optimizer and the roll-outs' generator."""
+    torch.manual_seed(cfg.seed)
+    parameters = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
+    if cfg.gradient_checkpointing:
+        lm.recompute_layers()
+    print(parameter_table(lm))
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed + 1_000_003 * RANK)
+
+
+def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
+    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation.
+
+    Goes on from the checkpoint `last` if it is not None. Ctrl-C and SIGTERM save a checkpoint before they end the run.
+    Raises UserError after ten steps in a row without a finite loss and gradient.
+    """
+    out, B = Path(cfg.out), cfg.questions_per_step
+    optimizer, generator = make_trainable(lm, cfg)
+    order, steps = data_order(len(questions), cfg)
+    done = load_checkpoint(last, optimizer, generator) if last else 0
+    files = [cut_log(out / name, done) if RANK == 0 else Path(os.devnull) for name in ("log.jsonl", "samples.jsonl")]
+    signals, skipped = [], 0
+
+    def remember(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the end of the step
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    with open(files[0], "a") as log, open(files[1], "a") as samples:
+        bar = tqdm(range(done + 1, steps + 1), desc="TARS", unit="step", initial=done, total=steps, disable=RANK > 0)
+        for step in bar:
+            start = time.perf_counter()
+            batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
+            metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
+            seconds = time.perf_counter() - start
+            metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds,
+                        "peak_gib": peak_memory(lm.device), "stop": float(bool(signals))}
+            metrics = mean_over_ranks(metrics)
+            stop = metrics.pop("stop") > 0
+            metrics = {"step": step, **metrics, "lr": lr}
+            if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
+                accuracy = evaluate(lm, eval_questions, extract, cfg)
+                metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
+            print(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}), file=log, flush=True)
+            bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
+                                           for m in MODALITIES))
+            if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
+                print(json.dumps({"step": step, **group}), file=samples, flush=True)
+                tqdm.write(side_by_side(step, group))
+            if step < steps and (stop or step % cfg.save_every == 0):
+                save_checkpoint(optimizer, generator, step, before, cfg)
+            if step < steps and stop:
+                raise Stopped(f"stopped after step {step} of {steps}: the same command with --resume goes on there")
+            skipped = skipped + 1 if metrics["skipped"] else 0
+            if skipped == 10:
+                raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
+                                f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+    if RANK == 0:
+        save_adapter(lm, out, cfg)
+        print(cost_table([json.loads(line) for line in files[0].read_text().splitlines()]))
+    return accuracy
+
+
+# ======================================================================================================================
+# The paper ends here. Below stands what a run needs.
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# 7. Questions
+# ======================================================================================================================
+class UserError(Exception):
+    """Something the user can mend. main() prints it as one line and exits with code 2."""
+
+
 SAMPLE_RATE = 16_000
-LETTERS = "ABCD"
 COLUMNS = {"key", "question", "options", "answer_index", "prompt_for_tts", "audio"}
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
@@ -300,7 +851,7 @@ def wav_bytes(waveform):
 
 
 # ======================================================================================================================
-# 3. SpeechLM: encoder -> projector -> LLM
+# 8. Model families
 # ======================================================================================================================
 class Qwen25Omni:
     """Front end of Qwen2.5-Omni: all that differs between model families.
@@ -316,7 +867,8 @@ class Qwen25Omni:
     repository, revision = "Qwen/Qwen2.5-Omni-7B", "main"
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
     model_class = Qwen2_5OmniThinkerForConditionalGeneration
-    extractor_class, extractor_defaults = WhisperFeatureExtractor, {"feature_size": 128, "chunk_length": 300}
+    feature_extractor_class = WhisperFeatureExtractor
+    feature_extractor_defaults = {"feature_size": 128, "chunk_length": 300}
     config_defaults = {"vision_config": {"hidden_size": 1280}}  # where transformers' default is not the repository's
     audio_part, vision_part = "audio_tower", "visual"
     before_user = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
@@ -331,10 +883,10 @@ class Qwen25Omni:
         return [config.audio_token_id, config.image_token_id, config.video_token_id]
 
     @staticmethod
-    def encode(model, extractor, waveform):
+    def encode(model, feature_extractor, waveform):
         """One clip [T] -> audio embeddings [25 per second, H]. One at a time: no padding can leak into a clip."""
-        features = extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest", return_attention_mask=True,
-                             return_tensors="pt")
+        features = feature_extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
+                                     return_attention_mask=True, return_tensors="pt")
         mel = features.input_features.to(model.device, model.dtype)  # [1, 128, frames]
         mask = features.attention_mask.to(model.device)  # [1, frames]
         return model.get_audio_features(mel, mask, return_dict=True).last_hidden_state
@@ -346,7 +898,7 @@ class Phi4Multimodal:
     repository, revision = "microsoft/Phi-4-multimodal-instruct", "refs/pr/70"
     model_types = ("phi4_multimodal", "phi4mm")  # the latter on the main branch
     model_class = Phi4MultimodalForCausalLM
-    extractor_class, extractor_defaults = Phi4MultimodalFeatureExtractor, {}
+    feature_extractor_class, feature_extractor_defaults = Phi4MultimodalFeatureExtractor, {}
     config_defaults = {"tie_word_embeddings": True, "num_attention_heads": 24}
     audio_part, vision_part = "audio_embed", "image_embed"
     before_user, after_user = f"<|system|>{SYSTEM_PROMPT}<|end|><|user|>", "<|end|><|assistant|>"
@@ -372,9 +924,9 @@ class Phi4Multimodal:
         return [config.audio_config.audio_token_id, config.vision_config.image_token_id]
 
     @staticmethod
-    def encode(model, extractor, waveform):
+    def encode(model, feature_extractor, waveform):
         """One clip [T] -> audio embeddings [12.5 per second, H]."""
-        features = extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        features = feature_extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         audio, n = model.get_decoder().embed_tokens_extend.audio_embed, int(features.audio_embed_sizes)
         # Its own forward writes the embeddings over placeholder tokens: let it write over nothing else.
         ids = torch.full((1, n), model.config.audio_config.audio_token_id, device=model.device)
@@ -385,29 +937,16 @@ class Phi4Multimodal:
 FAMILIES = (Qwen25Omni, Phi4Multimodal)
 
 
-def front_of(path):
+def family_of(path):
     """The front end for a checkpoint, by config.json's model_type. Raises UserError naming the families it knows."""
-    family = PretrainedConfig.get_config_dict(path)[0].get("model_type")
-    for front in FAMILIES:
-        if family in front.model_types:
-            return front
-    if family is None:
+    model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    if model_type is None:
         raise UserError(f"{path} is no usable checkpoint: it has no config.json with a model_type")
-    known = ", ".join(name for front in FAMILIES for name in front.model_types)
-    raise UserError(f"{path} is of the family {family}; known are {known}")
-
-
-class Prompts(NamedTuple):
-    """Left-padded prompt embeddings and their mask; any leading shape, [B, 2] in training."""
-
-    embeds: torch.Tensor  # [..., P, H]
-    mask: torch.Tensor  # [..., P], 1 where there is a token
-
-    def rows(self, index=slice(None)):
-        """The prompts of some questions, one row each: [len(index) * 2, P, H], P no longer than they need."""
-        embeds, mask = self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1)
-        P = mask.sum(-1).max()
-        return Prompts(embeds[:, -P:], mask[:, -P:])
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise UserError(f"{path} is of the family {model_type}; known are {known}")
 
 
 def default_device():
@@ -420,299 +959,17 @@ def precision():
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def to_device(model, front):
+def to_device(model, family):
     """Move a model to the GPU if there is one, all but its vision part, which no question needs."""
     if torch.cuda.is_available():
         model.to("cuda")
-        next(m for name, m in model.named_modules() if name.split(".")[-1] == front.vision_part).to("cpu")
+        next(m for name, m in model.named_modules() if name.split(".")[-1] == family.vision_part).to("cpu")
     return model
 
 
-def positions(mask):
-    """Position ids [N, P] of left-padded rows: a padded row starts at 0 like any other."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-class SpeechLM:
-    """A speech LLM in three stages. Everything after `embed` is the same for every model family."""
-
-    def __init__(self, front, model, tokenizer, extractor):
-        self.front, self.tokenizer, self.extractor = front, tokenizer, extractor
-        self.model = model.eval().requires_grad_(False)
-        self.decoder, self.embed_tokens = model.get_decoder(), model.get_input_embeddings()
-        self.device = model.device
-        *_, self.pad_id = eos_ids = tokenizer.convert_tokens_to_ids(list(front.end_of_turn))
-        self.eos_ids = torch.tensor(eos_ids, device=self.device)
-        self.placeholder_ids = torch.tensor(front.placeholders(model.config), device=self.device)
-
-    @classmethod
-    def from_pretrained(cls, path):
-        """A checkpoint directory or hub name -> SpeechLM; bfloat16 on a GPU, float32 on the CPU.
-
-        Raises UserError if there is no checkpoint at `path`, a part of it is missing or its family is unknown.
-        """
-        try:
-            front = front_of(path)
-            model = front.load(path, revision=front.revision, dtype=precision(), attn_implementation="sdpa")
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=front.revision)
-            extractor = front.extractor_class.from_pretrained(path, revision=front.revision)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is no usable checkpoint, here or on the hub: {reason}") from error
-        return cls(front, to_device(model, front), tokenizer, extractor)
-
-    def part(self, name):
-        """Which part of the speech LLM the parameter `name` belongs to."""
-        modules = name.split(".")
-        if self.front.vision_part in modules:
-            return "vision (unused, kept on the CPU)"
-        if self.front.audio_part in modules:
-            return "audio encoder and projector"
-        return "lm_head" if "lm_head" in modules else "LLM"
-
-    @torch.no_grad()
-    def embed(self, questions):
-        """Both prompts of every question -> Prompts [B, 2, P, H]; encoder and projector run here and nowhere else."""
-        return self.prompts([[self.spoken_turn(question), self.embed_text(written_question(question))]
-                             for question in questions])
-
-    def spoken_turn(self, question):
-        """What the user says, [tokens, H]: the clip alone."""
-        clip = read_clip(question["audio"]["bytes"], question["key"])  # [T]
-        return torch.cat([self.embed_text(self.front.before_audio, special=True),
-                          self.front.encode(self.model, self.extractor, clip),
-                          self.embed_text(self.front.after_audio, special=True)])
-
-    def embed_text(self, text, special=False):
-        """Text -> [tokens, H]. Control tokens are only read as such in our own template (`special`)."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
-        return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
-
-    def prompts(self, user_turns):
-        """User turns [tokens, H], a list of B lists of M -> Prompts [B, M, P, H] around them, padded on the left."""
-        before = self.embed_text(self.front.before_user, special=True)
-        after = self.embed_text(self.front.after_user, special=True)
-        rows = [torch.cat([before, turn, after]) for turns in user_turns for turn in turns]  # B*M of [P, H]
-        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # [B*M, P, H]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        from_end = embeds.shape[1] - torch.arange(embeds.shape[1], device=self.device)  # [P]: P, ..., 2, 1
-        mask = (from_end <= lengths[:, None]).long()  # [B*M, P]
-        return Prompts(embeds.unflatten(0, (len(user_turns), -1)), mask.unflatten(0, (len(user_turns), -1)))
-
-    def logits(self, hidden, temperature):
-        """Last hidden states [N, H] -> logits [N, V] of the very distribution that roll-outs are drawn from."""
-        logits = self.model.lm_head(hidden).float()
-        logits[:, self.placeholder_ids] = -torch.inf
-        return logits / (temperature or 1.0)  # temperature 0 is greedy: the argmax needs no scaling
-
-    @torch.no_grad()
-    def rollout(self, prompts, repeats, max_new_tokens, temperature, generator=None):
-        """Sample `repeats` completions of each prompt; greedily if `temperature` is 0.
-
-        prompts: [B, M, P, H], M is 2 in training. Returns completion_ids and completion_mask [B, M, repeats, C] (the
-        mask runs through the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated
-        [B, M, repeats]. As in `forward`, the samples of a prompt share its row: each step reads `repeats` tokens side
-        by side, and the cache holds a prompt once. A row whose samples have all ended leaves the batch.
-        """
-        embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * M
-        cache = DynamicCache(config=self.decoder.config)
-        hidden = self._decode(embeds, mask, positions(mask), cache)[:, -1:].expand(-1, repeats, -1)  # [N, repeats, H]
-        ids = torch.full((len(mask), repeats, max_new_tokens), self.pad_id, device=self.device)  # [N, repeats, C]
-        alive = torch.zeros_like(ids, dtype=torch.bool)  # [N, repeats, C]
-        finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, repeats]
-        row = torch.arange(len(mask), device=self.device)  # [n], the rows still in the batch
-        sees = mask.bool()[:, None].expand(-1, repeats, -1)  # [n, repeats, P and the tokens since]
-        itself = torch.eye(repeats, dtype=torch.bool, device=self.device)
-        for t in range(max_new_tokens):
-            logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * repeats, V]
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator) if temperature else logits.argmax(-1)
-            token = token.view(-1, repeats)  # [n, repeats]
-            alive[row, :, t] = ~finished[row]
-            ids[row, :, t] = token.masked_fill(finished[row], self.pad_id)
-            finished[row] |= torch.isin(token, self.eos_ids)
-            going = ~finished[row].all(-1)  # [n]
-            if not going.any():
-                break
-            if not going.all():
-                row, sees = row[going], sees[going]
-                cache.batch_select_indices(going)
-            sees = torch.cat([sees, itself.expand(len(row), -1, -1)], dim=-1)
-            position_ids = (mask[row].sum(-1, keepdim=True) + t).expand(-1, repeats)  # [n, repeats]
-            hidden = self._decode(self.embed_tokens(ids[row, :, t]), sees[:, None], position_ids, cache)
-        shape = lambda x: x.view(*prompts.mask.shape[:2], *x.shape[1:])  # rows: question, modality, sample
-        return shape(ids[..., : t + 1]), shape(alive[..., : t + 1].long()), shape(~finished)
-
-    def _decode(self, embeds, mask, position_ids, cache=None):
-        """Run the LLM on [N, T, H]; `mask` is [N, T], or [N, 1, T, cached + T]: who sees whom."""
-        return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
-                            use_cache=cache is not None).last_hidden_state
-
-    def forward(self, prompts, completion_ids, completion_mask, temperature, pool=True):
-        """The paired forward: log-probs and pooled hidden states of given completions, in one pass.
-
-        prompts: [N, P, H], completion_ids and completion_mask: [N, G/2, C]. Returns per_token_logps [N, G/2, C] with
-        gradient and, detached, Eq. (4) for every layer [N, G/2, L, H] (None without `pool`). Neither all layers of all
-        tokens nor logits of all tokens ever exist. The completions of a prompt share its row, so that the prompt is
-        read once for them all:
-
-            row          prompt          | answer 1        | answer 2        | ...
-            positions    0 1 2 ... p-1   | p p+1 p+2 ...   | p p+1 p+2 ...   | ...
-            sees         prompt so far   | prompt, itself  | prompt, itself  | ...   never a sibling
-        """
-        (N, half, C), P = completion_ids.shape, prompts.mask.shape[1]
-        embeds = torch.cat([prompts.embeds, self.embed_tokens(completion_ids.flatten(1))], dim=1)  # [N, T, H]
-        present = torch.cat([prompts.mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T] with T = P + G/2 * C
-        step = torch.arange(C, device=self.device)
-        answer_positions = (prompts.mask.sum(-1, keepdim=True) + step).repeat(1, half)  # [N, G/2 * C]
-        position_ids = torch.cat([positions(prompts.mask), answer_positions], dim=1)  # [N, T]
-        part = torch.cat([step.new_full((P,), -1), torch.arange(half, device=self.device).repeat_interleave(C)])  # [T]
-        sees = ((part == -1) | (part[:, None] == part)).tril()  # [T, T], query x key
-        # A padded position sees itself: softmax over nothing would be NaN.
-        itself = torch.eye(len(part), dtype=torch.bool, device=self.device)  # [T, T]
-        mask = (sees & present[:, None, None, :]) | itself  # [N, 1, T, T]
-        with self._pooling(P, completion_mask) if pool else nullcontext() as pooled:
-            hidden = self._decode(embeds, mask, position_ids)  # [N, T, H]
-        answers = hidden[:, P:].unflatten(1, (half, C))  # [N, G/2, C, H]
-        # The state before a token predicts it; before an answer's first token stands the prompt's last.
-        first = hidden[:, None, P - 1 : P].expand(-1, half, -1, -1)  # [N, G/2, 1, H]
-        predicts = torch.cat([first, answers[:, :, :-1]], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
-        logps = [checkpoint(self._token_logps, h, ids, temperature, use_reentrant=False)
-                 for h, ids in zip(predicts.split(1024), completion_ids.flatten().split(1024))]
-        return torch.cat(logps).view(N, half, C), torch.stack(pooled, dim=2) if pool else None
-
-    def _token_logps(self, hidden, ids, temperature):
-        return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
-
-    @contextmanager
-    def _pooling(self, P, completion_mask):
-        """While open, Eq. (4) is applied to each layer's output the moment it appears: a list of L tensors [N, G/2, H].
-
-        It closes before backward, where gradient checkpointing runs every layer again. The last layer is read after
-        the final norm, so that the list is what transformers calls hidden_states[1:].
-        """
-        pooled = []
-
-        def keep(module, inputs, hidden):  # hidden: [N, P + G/2 * C, H]
-            answers = hidden[:, P:].detach().unflatten(1, completion_mask.shape[1:])  # [N, G/2, C, H]
-            pooled.append(pool_hidden_states(answers, completion_mask))
-
-        hooks = [m.register_forward_hook(keep) for m in (*self.decoder.layers[:-1], self.decoder.norm)]
-        try:
-            yield pooled
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def checkpoint_layers(self):
-        """Gradient checkpointing: keep only each layer's input, and run the layer once more in backward."""
-        for layer in self.decoder.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-    def decode(self, completion_ids, completion_mask):
-        """Completions [..., C] -> list of strings in row order, without the end of turn."""
-        rows = zip(completion_ids.flatten(0, -2).tolist(), completion_mask.flatten(0, -2).sum(-1).tolist())
-        return self.tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
-
-
 # ======================================================================================================================
-# 4. LoRA, on every linear layer of the LLM and nowhere else
+# 9. Answer extractor, Eq. (3), and sentence embedder, Eq. (6)
 # ======================================================================================================================
-class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at zero: at first y = W x."""
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__()
-        self.linear, self.scale = linear, alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-
-    def forward(self, x):
-        """x [..., in] -> [..., out]."""
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)
-        return self.linear(x) + update.to(x.dtype)  # A and B are float32 also beside bfloat16 weights
-
-
-def attach_lora(lm, rank, alpha):
-    """Wrap every linear layer of the LLM. Returns the trainable parameters.
-
-    Only under `layers`: Phi's decoder also holds the audio encoder, and Qwen's audio encoder has a q_proj too.
-    """
-    for parent in list(lm.decoder.layers.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, LoRALinear(child, rank, alpha))
-    return [p for p in lm.decoder.parameters() if p.requires_grad]
-
-
-def lora_layers(lm):
-    """{module name in the model: LoRALinear}"""
-    return {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def write_aside(path, write):
-    """Write a file under another name, then rename it: nothing half-written is ever left in its place."""
-    aside = path.with_name(path.name + ".part")
-    write(aside)
-    os.replace(aside, path)
-
-
-def write_json(path, content):
-    """Write `content` as indented JSON, aside first."""
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def save_adapter(lm, out, cfg):
-    """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
-    layers = lora_layers(lm)
-    tensors = {f"base_model.model.{name}.{part}.weight": getattr(m, part).detach().contiguous().cpu()
-               for name, m in layers.items() for part in ("lora_A", "lora_B")}
-    # A regular expression over whole names: the audio tower has layers called q_proj too.
-    decoder = next(iter(layers)).split(".layers.")[0]
-    suffixes = sorted({name.split(".layers.")[1].split(".", 1)[1] for name in layers})
-    write_aside(out / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    write_json(out / "adapter_config.json", {
-        "peft_type": "LORA", "base_model_name_or_path": cfg.model, "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
-        "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": re.escape(decoder) + r"\.layers\.\d+\.(" + "|".join(map(re.escape, suffixes)) + ")",
-    })
-
-
-def load_adapter(lm, path):
-    """Attach a saved adapter to a base model. Raises UserError if it is missing or belongs to another model."""
-    path = Path(path)
-    if not (path / "adapter_config.json").exists():
-        raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
-    try:
-        settings = json.loads((path / "adapter_config.json").read_text())
-        tensors = load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path} holds a broken adapter: {str(error).splitlines()[0]}") from error
-    attach_lora(lm, settings["r"], settings["lora_alpha"])
-    # Compared from `layers.` on: where the decoder sits in the model differs between versions of transformers.
-    tail = lambda name: name.split("layers.", 1)[1].removesuffix(".weight")
-    tensors = {tail(name): tensor for name, tensor in tensors.items()}
-    weights = {f"{tail(name)}.{part}": getattr(m, part)
-               for name, m in lora_layers(lm).items() for part in ("lora_A", "lora_B")}
-    if {n: t.shape for n, t in tensors.items()} != {n: w.shape for n, w in weights.items()}:
-        base = settings["base_model_name_or_path"]
-        raise UserError(f"{path} was trained on another model, {base}: give the adapter's own model")
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(tensors[name])
-
-
-# ======================================================================================================================
-# 5. Rewards: Eq. (3), (4), (5), (6), (2)
-# ======================================================================================================================
-ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD][.:,].*</answer>", re.DOTALL)
-
-
-def format_reward(completion):
-    """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0."""
-    return 1.0 if ANSWER_FORMAT.fullmatch(completion) else 0.0
-
-
 def extract_answer(completion, options):
     """The option an output settles on, "A".."D", or None where it names none or more than one: never a guess.
 
@@ -731,84 +988,9 @@ def extract_answer(completion, options):
     return letters.pop() if len(letters) == 1 else None
 
 
-def base_reward(acc, fmt, lam=0.5):
-    """Eq. (3). acc and fmt in {0, 1}, any shape. R_base = R_acc + lambda R_fmt."""
-    return acc + lam * fmt
-
-
-def pool_hidden_states(hidden, completion_mask):
-    """Eq. (4). hidden [..., T, H], completion_mask [..., T] (1 on generated positions) -> their mean [..., H]."""
-    mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [..., T, 1]
-    return (hidden * mask).sum(-2) / mask.sum(-2).clamp(min=1)
-
-
-def representation_reward(speech, text):
-    """Eq. (5). Pooled states [..., L, H] of both -> [...]. R_rep = (1/L) sum_l cos(h_speech^(l), h_text^(l))."""
-    return F.cosine_similarity(speech, text, dim=-1).mean(-1)
-
-
-def behavior_reward(speech, text):
-    """Eq. (6). Sentence embeddings [..., D] of both answers -> [...]. R_beh = cos(E(y_speech), E(y*_text))."""
-    return F.cosine_similarity(speech, text, dim=-1)
-
-
-def pick_references(text_correct, generator=None):
-    """y*_text of Eq. (5) and (6): for each spoken answer one correct written answer of its group, drawn at random.
-
-    text_correct: bool [B, G/2] -> index into the group's text answers, long [B, G/2]; -1 where none is correct.
-    """
-    weights = text_correct.float() + (~text_correct.any(-1, keepdim=True)).float()  # uniform where there is no choice
-    drawn = torch.multinomial(weights, text_correct.shape[-1], replacement=True, generator=generator)
-    return drawn.masked_fill(~text_correct.any(-1, keepdim=True), -1)
-
-
-def against_references(reward, features, references):
-    """An alignment reward, Eq. (5) or (6), of every spoken answer with its reference; 0 where there is none.
-
-    features: [B, 2, G/2, ...] of both modalities, references: [B, G/2] -> [B, G/2].
-    """
-    group = torch.arange(len(features), device=features.device)[:, None]  # [B, 1]
-    speech, text = features[:, 0], features[group, 1, references.clamp(min=0)]  # [B, G/2, ...]
-    return torch.where(references >= 0, reward(speech, text), 0.0)
-
-
-def total_reward(base, rep, beh, alpha=1.0, beta=1.0):
-    """Eq. (2), speech branch. R = R_base + alpha R_rep + beta R_beh. A written answer's reward is its R_base alone."""
-    return base + alpha * rep + beta * beh
-
-
-# ======================================================================================================================
-# 6. E of Eq. (6) and who reads an answer's letter for Eq. (3): a formula each, or the paper's models
-# ======================================================================================================================
-class NGramEmbedder:
-    """An offline stand-in for E: counts of hashed words and word pairs. It sees wording, not meaning."""
-
-    def embed(self, texts):
-        """Strings -> unit vectors [N, 512]."""
-        vectors = []
-        for text in texts:
-            words = re.findall(r"\w+|[^\w\s]", text.lower())
-            grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
-            hashes = [zlib.crc32(gram.encode()) % 512 for gram in grams]
-            vectors.append(torch.bincount(torch.tensor(hashes, dtype=torch.long), minlength=512))
-        return F.normalize(torch.stack(vectors).float(), dim=-1)
-
-
-class SentenceEmbedder:
-    """E of the paper: Qwen3-Embedding. Last-token pooling, left padding, documents take no instruction."""
-
-    def __init__(self, name, device):
-        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        self.model = AutoModel.from_pretrained(name, dtype=precision()).to(device).eval()
-        if self.tokenizer("").input_ids != [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]:
-            raise ValueError("its tokenizer does not end a text with <|endoftext|>, where the embedding is read")
-
-    @torch.no_grad()
-    def embed(self, texts):
-        """Strings -> unit vectors [N, D]."""
-        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=8192, return_tensors="pt")
-        hidden = self.model(**inputs.to(self.model.device)).last_hidden_state  # [N, T, D]
-        return F.normalize(hidden[:, -1].float(), dim=-1)
+def extract_answers(questions, completions):
+    """The default extractor, the regular expressions of extract_answer: letters, None where there is none."""
+    return [extract_answer(completion, question["options"]) for question, completion in zip(questions, completions)]
 
 
 class XFinder:
@@ -843,9 +1025,35 @@ class XFinder:
         return letters[0] if len(letters) == 1 else None
 
 
-def extract_answers(questions, completions):
-    """The default extractor, the regular expressions of extract_answer: letters, None where there is none."""
-    return [extract_answer(completion, question["options"]) for question, completion in zip(questions, completions)]
+class NGramEmbedder:
+    """An offline stand-in for E: counts of hashed words and word pairs. It sees wording, not meaning."""
+
+    def embed(self, texts):
+        """Strings -> unit vectors [N, 512]."""
+        vectors = []
+        for text in texts:
+            words = re.findall(r"\w+|[^\w\s]", text.lower())
+            grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+            hashes = [zlib.crc32(gram.encode()) % 512 for gram in grams]
+            vectors.append(torch.bincount(torch.tensor(hashes, dtype=torch.long), minlength=512))
+        return F.normalize(torch.stack(vectors).float(), dim=-1)
+
+
+class SentenceEmbedder:
+    """E of the paper: Qwen3-Embedding. Last-token pooling, left padding, documents take no instruction."""
+
+    def __init__(self, name, device):
+        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        self.model = AutoModel.from_pretrained(name, dtype=precision()).to(device).eval()
+        if self.tokenizer("").input_ids != [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]:
+            raise ValueError("its tokenizer does not end a text with <|endoftext|>, where the embedding is read")
+
+    @torch.no_grad()
+    def embed(self, texts):
+        """Strings -> unit vectors [N, D]."""
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=8192, return_tensors="pt")
+        hidden = self.model(**inputs.to(self.model.device)).last_hidden_state  # [N, T, D]
+        return F.normalize(hidden[:, -1].float(), dim=-1)
 
 
 def load_helper(kind, flag, name, device):
@@ -872,53 +1080,8 @@ def load_extractor(cfg, device):
 
 
 # ======================================================================================================================
-# 7. Advantages: Eq. (7), and the result: Eq. (1)
+# 10. What a run logs and prints
 # ======================================================================================================================
-def modality_advantages(rewards, joint=False):
-    """Eq. (7). rewards [B, 2, G/2] -> same. A_{i,m} = r_{i,m} - mu_m, mu_m the mean of modality m in the group.
-
-    Not divided by the standard deviation. With one joint mean the modality with the higher rewards is pushed up as a
-    whole and the other down, whatever they answer: text under R_base alone, speech where Eq. (2) adds to its rewards.
-    """
-    return rewards - rewards.mean((1, 2) if joint else -1, keepdim=True)
-
-
-def modality_recovery_rate(speech_accuracy, base_text_accuracy):
-    """Eq. (1), in percent: speech accuracy over that of the *original* text backbone on text (nan if that is 0)."""
-    return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else float("nan")
-
-
-# ======================================================================================================================
-# 8. Loss: GRPO's surrogate with DAPO's clipping and normaliser
-# ======================================================================================================================
-def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask, eps_low=0.2, eps_high=0.28,
-              n_tokens=None):
-    """- sum over tokens of min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) / number of completion tokens.
-
-    log-probs [N, T], advantages [N], completion_mask [N, T] -> scalar. `n_tokens` is the count of the whole step where
-    these rows are only a part of it. On-policy rho is 1 and, as advantages sum to about 0, so is the value; its
-    gradient, A times the gradient of each log-prob, is not.
-    """
-    ratio = torch.exp(per_token_logps - old_per_token_logps)  # [N, T], rho = pi_theta / pi_old
-    A = advantages[:, None]  # [N, 1]
-    surrogate = torch.min(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # [N, T]
-    n_tokens = completion_mask.sum() if n_tokens is None else n_tokens
-    return -(surrogate * completion_mask).sum() / max(n_tokens, 1)
-
-
-# ======================================================================================================================
-# 9. The algorithm
-# ======================================================================================================================
-def layer_slice(layers, count):
-    """`all` or a range such as 11-20, counted from 1 -> slice. Raises UserError if the model has no such layers."""
-    if layers == "all":
-        return slice(0, count)
-    match = re.fullmatch(r"(\d+)-(\d+)", layers)
-    if not match or not 1 <= int(match[1]) <= int(match[2]) <= count:
-        raise UserError(f"--layers {layers}: give `all` or a range within 1-{count}, such as 1-{count}")
-    return slice(int(match[1]) - 1, int(match[2]))
-
-
 class Clock:
     """Where a step's time goes: each call gives the seconds since the last one to the phase that just ended."""
 
@@ -931,129 +1094,6 @@ class Clock:
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
-
-
-def micro_batches(prompt_mask, completion_mask, budget):
-    """Pack a step's questions into paired forwards of at most `budget` tokens, padding included, the longest first.
-
-    prompt_mask: [B, 2, P], completion_mask: [B, 2, G/2, C]. Returns index tensors that hold each question once: groups
-    stay whole. A group that is longer than the budget goes alone. Longest first, a step that does not fit the memory
-    fails at once; and questions of a length go together, with little padding.
-    """
-    P, C = prompt_mask.sum(-1).amax(1).tolist(), completion_mask.sum(-1).amax((1, 2)).tolist()  # longest of each group
-    width = lambda batch: max(P[q] for q in batch) + completion_mask.shape[2] * max(C[q] for q in batch)
-    batches = []
-    for q in sorted(range(len(P)), key=lambda q: -width([q])):
-        if batches and 2 * (len(batches[-1]) + 1) * width([*batches[-1], q]) <= budget:
-            batches[-1].append(q)
-        else:
-            batches.append([q])
-    return [torch.tensor(batch, device=prompt_mask.device) for batch in batches]
-
-
-class Texts(NamedTuple):
-    """What the answers of a step, as texts, are worth."""
-
-    completions: list  # B * 2 * G/2 strings, in row order
-    answers: list  # of each the option it settles on, "A".."D" or None
-    acc: torch.Tensor  # [B, 2, G/2], R_acc
-    fmt: torch.Tensor  # [B, 2, G/2], R_fmt
-    unparsed: torch.Tensor  # [B, 2, G/2], 1 where there is no option
-    base: torch.Tensor  # [B, 2, G/2], R_base of Eq. (3)
-    references: torch.Tensor  # [B, G/2], y*_text of each spoken answer, -1 where there is none
-    beh: torch.Tensor  # [B, G/2], R_beh of Eq. (6); 0 where its weight is 0, for plain GRPO pays for none of it
-
-
-def score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator):
-    """All rewards that the completions [B, 2, G/2, C] earn as texts -> Texts."""
-    group = completion_ids.shape[:-1]  # B, 2, G/2
-    completions = lm.decode(completion_ids, completion_mask)  # B * 2 * G/2 strings
-    asked = [question for question in questions for _ in range(group[1] * group[2])]  # the question of each string
-    answers = extract(asked, completions)
-    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(group)
-    acc = as_group([answer == LETTERS[question["answer_index"]] for answer, question in zip(answers, asked)])
-    fmt = as_group([format_reward(completion) for completion in completions])
-    references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
-    beh = torch.zeros_like(acc[:, 0])  # [B, G/2]
-    if cfg.beta:
-        sentences = embedder.embed(completions).to(lm.device).view(*group, -1)  # [B, 2, G/2, D]
-        beh = against_references(behavior_reward, sentences, references)
-    unparsed = as_group([answer is None for answer in answers])
-    return Texts(completions, answers, acc, fmt, unparsed, base_reward(acc, fmt, cfg.lam), references, beh)
-
-
-def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
-    """One step of TARS on B questions. Returns the numbers to log and the first group's story for a person to read.
-
-    Every tensor of the step is laid out [B, 2, G/2, ...]: question, modality (0 speech, 1 text), sample.
-    """
-    B, half = len(questions), cfg.group_size // 2
-    parameters = optimizer.param_groups[0]["params"]
-    clock = Clock(lm.device)
-
-    # 1. Embed both prompts of every question. Encoder and projector are frozen: once serves roll-out and update.
-    prompts = lm.embed(questions)  # [B, 2, P, H]
-    clock("embed")
-
-    # 2. Roll out: the model answers each question G/2 times from speech and G/2 times from text.
-    rollout = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
-    completion_ids, completion_mask, truncated = rollout  # [B, 2, G/2, C] twice, [B, 2, G/2]
-    loss_mask = completion_mask * ~truncated[..., None]  # [B, 2, G/2, C]; a cut answer teaches nothing
-    n_tokens = sum_over_ranks(loss_mask.sum())
-    clock("rollout")
-
-    # 3. Score the texts: Eq. (3), the references, Eq. (6).
-    texts = score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator)
-    base, beh, references = texts.base, texts.beh, texts.references
-    clock("rewards")
-
-    rep = torch.zeros_like(beh)  # [B, G/2]
-    rewards, advantages = base.clone(), torch.zeros_like(base)  # [B, 2, G/2]
-    old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
-    groups = micro_batches(prompts.mask, completion_mask, cfg.tokens_per_micro_batch)
-    for update in range(cfg.updates_per_rollout):
-        loss = 0.0
-        for group in groups:  # b questions
-            # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
-            longest = completion_mask[group].sum(-1).max()
-            part_of = lambda x: x[group, ..., :longest]  # [B, 2, G/2, C] -> [b, 2, G/2, longest]
-            ids, mask = part_of(completion_ids).flatten(0, 1), part_of(completion_mask).flatten(0, 1)
-            logps, states = lm.forward(prompts.rows(group), ids, mask, cfg.temperature, pool=cfg.alpha != 0)
-            clock("forward")
-            if update == 0:
-                # 5. Rewards: Eq. (5), and Eq. (2) for speech only. Written answers keep R_base.
-                if cfg.alpha:
-                    states = states.unflatten(0, (-1, 2)).float()  # [b, 2, G/2, L, H]
-                    states = states[..., layer_slice(cfg.layers, states.shape[-2]), :]
-                    rep[group] = against_references(representation_reward, states, references[group])
-                rewards[group, 0] = total_reward(base[group, 0], rep[group], beh[group], cfg.alpha, cfg.beta)
-                # 6. Advantages: Eq. (7).
-                advantages[group] = modality_advantages(rewards[group], cfg.joint_norm)
-                # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
-                old_logps[group, ..., :longest] = logps.detach().view_as(part_of(old_logps))
-                clock("rewards")
-            # 7. Loss, normalised by the tokens of the whole step, and its gradient.
-            share = grpo_loss(logps.flatten(0, 1), part_of(old_logps).flatten(0, 2), advantages[group].flatten(),
-                              part_of(loss_mask).flatten(0, 2), cfg.eps_low, cfg.eps_high, n_tokens)
-            share.backward()
-            loss += share.item()
-            clock("backward")
-        # 8. Update LoRA's weights, unless a number ran away.
-        loss = sum_gradients_over_ranks(parameters, loss)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-        clock("optimizer")
-
-    terms = {"acc": texts.acc, "fmt": texts.fmt, "reward": rewards, "advantage": advantages}
-    story = first_group(questions[0], texts.completions, terms, rep, beh, references)
-    metrics = step_means({"reward": rewards, "acc": texts.acc, "fmt": texts.fmt, "truncated": truncated,
-                          "unparsed": texts.unparsed, "length": completion_mask.sum(-1)}, rep, beh, references)
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite)}
-    metrics["tokens"] = sum_over_ranks(completion_mask.sum()).item()
-    return metrics | {f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}, story
 
 
 def step_means(terms, rep, beh, references):
@@ -1070,74 +1110,13 @@ def step_means(terms, rep, beh, references):
 def first_group(question, completions, terms, rep, beh, references):
     """The first group of a step in full, for a person: each answer with its `terms` [B, 2, G/2], speech with more."""
     half = rep.shape[-1]
-    story = {key: question[key] for key in ("key", "question", "options", "answer_index")}
+    group = {key: question[key] for key in ("key", "question", "options", "answer_index")}
     for i, m in enumerate(MODALITIES):
-        story[m] = [{"completion": completions[i * half + s]} | {name: x[0, i, s].item() for name, x in terms.items()}
+        group[m] = [{"completion": completions[i * half + s]} | {name: x[0, i, s].item() for name, x in terms.items()}
                     for s in range(half)]
-    for s, answer in enumerate(story["speech"]):
+    for s, answer in enumerate(group["speech"]):
         answer |= {"rep": rep[0, s].item(), "beh": beh[0, s].item(), "reference": references[0, s].item()}
-    return story
-
-
-def eval_batches(questions, cfg, desc, start=0):
-    """Lists of cfg.eval_batch questions from question `start` on, under a progress bar called `desc`."""
-    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc=desc, unit="batch", leave=False,
-                      disable=RANK > 0):
-        yield [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
-
-
-def answer_greedily(lm, questions, extract, cfg, start=0):
-    """Yield batches of records, one a question and modality: key, modality, completion, answer, right.
-
-    Begins at question `start`. An output in which no option is found has the answer None and counts as wrong.
-    """
-    for batch in eval_batches(questions, cfg, "evaluate", start):
-        ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
-        completions = lm.decode(ids, mask)  # b * 2 strings
-        asked = [(question, modality) for question in batch for modality in MODALITIES]
-        answers = extract([question for question, _ in asked], completions)
-        yield [{"key": question["key"], "modality": modality, "completion": completion, "answer": answer,
-                "right": answer == LETTERS[question["answer_index"]]}
-               for (question, modality), completion, answer in zip(asked, completions, answers)]
-
-
-def evaluate(lm, questions, extract, cfg):
-    """Accuracy of greedy answers to every question, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
-    share = questions.select(range(RANK, len(questions), RANKS))
-    records = [record for batch in answer_greedily(lm, share, extract, cfg) for record in batch]
-    right = [sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES]
-    right = sum_over_ranks(torch.tensor(right, device=lm.device)).tolist()
-    return {m: count / len(questions) for m, count in zip(MODALITIES, right)}
-
-
-# ======================================================================================================================
-# 10. Training
-# ======================================================================================================================
-def learning_rate(step, steps, cfg):
-    """Linear warm-up over the first `warmup` share of steps, then linear decay to zero. Steps count from 0."""
-    warmup = max(1, round(cfg.warmup * steps))
-    return cfg.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
-
-
-def data_order(count, cfg):
-    """Batches of question indices: every epoch a new seeded permutation, no question left out."""
-    generator = torch.Generator().manual_seed(cfg.seed)
-    steps = cfg.steps or max(1, cfg.epochs * count // cfg.questions_per_step)
-    order = torch.empty(0, dtype=torch.long)
-    while len(order) < steps * cfg.questions_per_step:
-        order = torch.cat([order, torch.randperm(count, generator=generator)])
-    return order.tolist(), steps
-
-
-def prepare(lm, cfg):
-    """Attach LoRA to a base model and say what is trained. Returns the optimizer and the roll-outs' generator."""
-    torch.manual_seed(cfg.seed)
-    parameters = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
-    if cfg.gradient_checkpointing:
-        lm.checkpoint_layers()
-    print(parameter_table(lm))
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed + 1_000_003 * RANK)
+    return group
 
 
 def parameter_table(lm):
@@ -1151,61 +1130,6 @@ def parameter_table(lm):
     return "\n".join([f"{'part':<34}{'parameters':>16}{'trainable':>14}", *rows])
 
 
-def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
-    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation.
-
-    Goes on from the checkpoint `last` if it is not None. Ctrl-C and SIGTERM save a checkpoint before they end the run.
-    Raises UserError after ten steps in a row without a finite loss and gradient.
-    """
-    out, B = Path(cfg.out), cfg.questions_per_step
-    optimizer, generator = prepare(lm, cfg)
-    order, steps = data_order(len(questions), cfg)
-    done = load_checkpoint(last, optimizer, generator) if last else 0
-    files = [keep_lines(out / name, done) if RANK == 0 else Path(os.devnull) for name in ("log.jsonl", "samples.jsonl")]
-    signals, skipped = [], 0
-
-    def heard(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the end of the step
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, heard)
-    with open(files[0], "a") as log, open(files[1], "a") as samples:
-        bar = tqdm(range(done + 1, steps + 1), desc="TARS", unit="step", initial=done, total=steps, disable=RANK > 0)
-        for step in bar:
-            start = time.perf_counter()
-            batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
-            metrics, story = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
-            seconds = time.perf_counter() - start
-            metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds,
-                        "peak_gib": peak_memory(lm.device), "stop": float(bool(signals))}
-            metrics = mean_over_ranks(metrics)
-            stop = metrics.pop("stop") > 0
-            metrics = {"step": step, **metrics, "lr": lr}
-            if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
-                accuracy = evaluate(lm, eval_questions, extract, cfg)
-                metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
-            print(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}), file=log, flush=True)
-            bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
-                                           for m in MODALITIES))
-            if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
-                print(json.dumps({"step": step, **story}), file=samples, flush=True)
-                tqdm.write(side_by_side(step, story))
-            if step < steps and (stop or step % cfg.save_every == 0):
-                save_checkpoint(optimizer, generator, step, before, cfg)
-            if step < steps and stop:
-                raise Stopped(f"stopped after step {step} of {steps}: the same command with --resume goes on there")
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped == 10:
-                raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
-                                f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
-    if RANK == 0:
-        save_adapter(lm, out, cfg)
-        print(cost_table([json.loads(line) for line in files[0].read_text().splitlines()]))
-    return accuracy
-
-
 def cost_table(log):
     """Where a run's time went, from the lines of its log.jsonl."""
     phases = {name.removeprefix("seconds_"): [line[name] for line in log] for name in log[0] if "seconds_" in name}
@@ -1217,25 +1141,64 @@ def cost_table(log):
                       f"{max(line['peak_gib'] or math.nan for line in log):.2f} GiB"])
 
 
-def side_by_side(step, story):
+def side_by_side(step, group):
     """One spoken answer and its text reference in two columns, each under its rewards, 100 characters wide."""
-    spoken = story["speech"][0]
+    spoken = group["speech"][0]
     if spoken["reference"] < 0:
         written = {"completion": "(no written answer of this group is correct)"}
     else:
-        written = story["text"][spoken["reference"]]
+        written = group["text"][spoken["reference"]]
     terms = ("acc", "fmt", "rep", "beh", "reward", "advantage")
     columns = [[name, *textwrap.wrap(textwrap.shorten(answer["completion"], 400), 48),
                 "  ".join(f"{term[:6]} {answer[term]:.2f}" for term in terms[:4] if term in answer),
                 "  ".join(f"{term} {answer[term]:+.2f}" for term in terms[4:] if term in answer)]
                for name, answer in (("spoken", spoken), ("written, its reference", written))]
-    head = f"step {step}, {story['key']}: {story['question']} ({LETTERS[story['answer_index']]})"
+    head = f"step {step}, {group['key']}: {group['question']} ({LETTERS[group['answer_index']]})"
     return "\n".join([head, *(f"  {a:<48}  {b}".rstrip() for a, b in zip_longest(*columns, fillvalue=""))])
 
 
+def peak_memory(device):
+    """The most memory this process has held so far on `device`, in GiB; nan on Windows, which does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 # ======================================================================================================================
-# 11. Runs of a day: checkpoints, several processes
+# 11. Adapter files and checkpoints
 # ======================================================================================================================
+def write_aside(path, write):
+    """Write a file under another name, then rename it: nothing half-written is ever left in its place."""
+    aside = path.with_name(path.name + ".part")
+    write(aside)
+    os.replace(aside, path)
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON, aside first."""
+    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def save_adapter(lm, out, cfg):
+    """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
+    layers = lora_layers(lm)
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(m, part).detach().contiguous().cpu()
+               for name, m in layers.items() for part in ("lora_A", "lora_B")}
+    # A regular expression over whole names: the audio tower has layers called q_proj too.
+    decoder = next(iter(layers)).split(".layers.")[0]
+    suffixes = sorted({name.split(".layers.")[1].split(".", 1)[1] for name in layers})
+    write_aside(out / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_json(out / "adapter_config.json", {
+        "peft_type": "LORA", "base_model_name_or_path": cfg.model, "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
+        "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "target_modules": re.escape(decoder) + r"\.layers\.\d+\.(" + "|".join(map(re.escape, suffixes)) + ")",
+    })
+
+
 class Stopped(UserError):
     """Ctrl-C or SIGTERM: the checkpoint is written, the run can go on."""
 
@@ -1248,23 +1211,23 @@ def save_checkpoint(optimizer, generator, step, before, cfg):
     tensors = {f"generator.{rank}": state for rank, state in enumerate(states)}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"lora.{i}": p.detach()} | {f"adamw.{i}.{key}": value for key, value in optimizer.state[p].items()}
-    notes = {"tars": json.dumps({"step": step, "before": before, "config": comparable(cfg)})}
+    metadata = {"tars": json.dumps({"step": step, "before": before, "config": settings_to_match(cfg)})}
     folder = Path(cfg.out) / "checkpoints"
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_aside(folder / f"step-{step:07}.safetensors", lambda path: save_file(tensors, path, notes))
+    write_aside(folder / f"step-{step:07}.safetensors", lambda path: save_file(tensors, path, metadata))
     for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
         old.unlink()
 
 
-def comparable(cfg):
+def settings_to_match(cfg):
     """The settings that a resumed run must share with the one it continues."""
     free = ("out", "resume", "save_every", "aux_device")
     return {k: v for k, v in asdict(cfg).items() if k not in free} | {"ranks": RANKS}
 
 
 def find_checkpoint(cfg):
-    """The checkpoint to go on from and its notes, or None twice to begin at the beginning.
+    """The checkpoint to go on from and its metadata, or None twice to begin at the beginning.
 
     Raises UserError if there is none to go on from, if it was made with other settings, or if it would be lost.
     """
@@ -1279,10 +1242,10 @@ def find_checkpoint(cfg):
                             "give another --out")
         return None, None
     with safe_open(found[-1], "pt") as file:
-        notes = json.loads(file.metadata()["tars"])
-    if other := [k for k, v in comparable(cfg).items() if notes["config"].get(k) != v]:
+        metadata = json.loads(file.metadata()["tars"])
+    if other := [k for k, v in settings_to_match(cfg).items() if metadata["config"].get(k) != v]:
         raise UserError(f"--resume: {found[-1]} was made with another {', '.join(other)}: give the same ones")
-    return found[-1], notes
+    return found[-1], metadata
 
 
 def load_checkpoint(path, optimizer, generator):
@@ -1300,7 +1263,7 @@ def load_checkpoint(path, optimizer, generator):
     return int(path.stem.removeprefix("step-"))
 
 
-def keep_lines(file, step):
+def cut_log(file, step):
     """Cut a log back to the lines up to `step`: what came after the checkpoint is done again."""
     lines = file.read_text().splitlines(keepends=True) if step else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -1308,6 +1271,9 @@ def keep_lines(file, step):
     return file
 
 
+# ======================================================================================================================
+# 12. Several processes
+# ======================================================================================================================
 # Several processes, started by torchrun: each takes every RANKS-th question; LoRA's gradients are summed, since the
 # loss is already divided by the tokens of all. One process needs none of it.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1348,167 +1314,34 @@ def gather_over_ranks(state):
 
 
 # ======================================================================================================================
-# 12. Other things to do than to train: --explain, --random-weights
-# ======================================================================================================================
-def explain(lm, question, embedder, extract, cfg):
-    """--explain: one group worked through as on paper, each equation with its numbers put in, within 100 columns."""
-    half, generator = cfg.group_size // 2, torch.Generator(lm.device).manual_seed(cfg.seed)
-    prompts = lm.embed([question])  # [1, 2, P, H]
-    ids, mask, truncated = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)  # [1, 2, G/2, C]
-    texts = score_texts(lm, [question], ids, mask, embedder, extract, cfg, generator)
-    with torch.no_grad():
-        logps, states = lm.forward(prompts.rows(), ids.flatten(0, 1), mask.flatten(0, 1), cfg.temperature)
-    states = states[None, :, :, layer_slice(cfg.layers, states.shape[2])].float()  # [1, 2, G/2, L, H]
-    by_layer = [against_references(representation_reward, state[..., None, :], texts.references)[0].tolist()
-                for state in states.unbind(3)]  # L lists of G/2 cosines
-    rep = against_references(representation_reward, states, texts.references)  # [1, G/2]
-    rewards = texts.base.clone()
-    rewards[:, 0] = total_reward(texts.base[:, 0], rep, texts.beh, cfg.alpha, cfg.beta)
-
-    print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}\n"
-          f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
-          "to the written one.")
-    explain_texts(texts, half, cfg)
-    explain_rewards(texts, by_layer, rep, rewards, half, cfg)
-    # The token whose loss is shown: from the middle of the answer with the largest advantage.
-    A = modality_advantages(rewards).flatten()
-    best = A.abs().argmax().item()
-    token = int(mask.flatten(0, 2)[best].sum()) // 2
-    name, word = row_names(half)[best], lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item())
-    explain_loss(f"token {token + 1} of {name}, {word!r}", logps.flatten(0, 1)[best, token].item(), A[best].item(),
-                 int((mask * ~truncated[..., None]).sum()), cfg)
-
-
-def row_names(half):
-    """S1 S2 ... T1 T2 ..., in row order."""
-    return [f"{m}{s + 1}" for m in "ST" for s in range(half)]
-
-
-def show(title, function, rows):
-    """A block of --explain: a title, the function of this file that it is about, lines cut at 100 columns."""
-    print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
-
-
-def explain_texts(texts, half, cfg):
-    """The answers, Eq. (3), the references."""
-    names, numbers = row_names(half), zip(texts.acc.flatten(), texts.fmt.flatten(), texts.base.flatten())
-    show("The model answers G times, half from speech, half from text", "rollout",
-         [f"  {n}  {textwrap.shorten(c, 94, placeholder=' ...')}" for n, c in zip(names, texts.completions)])
-    show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
-         [f"  {n}  answer {answer or '-'}:  {acc:.0f} + {cfg.lam:g} * {fmt:.0f} = {base:.2f}"
-          for n, answer, (acc, fmt, base) in zip(names, texts.answers, numbers)])
-    show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
-         ["  " + "   ".join(f"{n} -> {reference_name(r)}" for n, r in zip(names, texts.references[0]))])
-
-
-def reference_name(index):
-    """T1, T2, ... or that there is none and the reward 0."""
-    return f"T{index + 1}" if index >= 0 else "none: 0"
-
-
-def explain_rewards(texts, by_layer, rep, rewards, half, cfg):
-    """Eq. (4), (5), (6), (2), (7). by_layer: L lists of G/2 cosines, rep [1, G/2], rewards [1, 2, G/2]."""
-    names, L = row_names(half), len(by_layer)
-    pairs = [f"  {n}  cos with {reference_name(r)}:" for n, r in zip(names, texts.references[0])]
-    shown = sorted({0, L // 2, L - 1})
-    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
-         [f"{pair}  " + "  ".join(f"layer {l + 1} {by_layer[l][s]:.3f}" for l in shown) +
-          f"   mean of {L} layers {rep[0, s]:.3f}" for s, pair in enumerate(pairs)])
-    show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
-         [f"{pair} {texts.beh[0, s]:.3f}" for s, pair in enumerate(pairs)])
-    spoken = zip(names, texts.base[0, 0], rep[0], texts.beh[0], rewards[0, 0])
-    show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh, speech only", "total_reward",
-         [f"  {n}  {base:.2f} + {cfg.alpha:g} * {r:.3f} + {cfg.beta:g} * {b:.3f} = {R:.3f}"
-          for n, base, r, b, R in spoken] +
-         [f"  {n}  {R:.3f}" for n, R in zip(names[half:], rewards[0, 1])])
-    mu_speech, mu_text = means = [f"{mean:.3f}" for mean in rewards[0].mean(-1)]
-    own, joint = modality_advantages(rewards).flatten(), modality_advantages(rewards, joint=True).flatten()
-    show(f"Eq. (7)  A = R - mean of its modality (S {mu_speech}, T {mu_text})", "modality_advantages",
-         [f"  {n}  {R:.3f} - {means[i // half]} = {own[i]:+.3f}    "
-          f"with one joint mean, {rewards.mean():.3f}: {joint[i]:+.3f}"
-          for i, (n, R) in enumerate(zip(names, rewards.flatten()))])
-
-
-def explain_loss(token, logp, A, n_tokens, cfg):
-    """The loss of one token, and what clipping would do to it. logp and A are numbers."""
-    low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
-    far = high + 0.22
-    at = lambda ratio: grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([A]),
-                                 torch.ones(1, 1), cfg.eps_low, cfg.eps_high, n_tokens)
-    show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
-         [f"  {token}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
-          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens} = {at(1):+.5f}",
-          "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
-          f"  were rho {far:g}: - min({far * A:+.3f}, {high * A:+.3f}) / {n_tokens} = {at(far):+.5f}"])
-
-
-def byte_tokenizer(front):
-    """A stand-in tokenizer for random weights: one token a byte, and the control tokens of the family's template."""
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    template = "".join([front.before_user, front.before_audio, front.after_audio, front.after_user, *front.end_of_turn])
-    control = sorted(set(re.findall(r"<\|\w+\|>", template)))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def with_random_weights(path):
-    """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
-
-    `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
-    Answers never end by themselves. Raises UserError for another name.
-    """
-    front = front_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
-    if front is None:
-        names = " or ".join(f.repository for f in FAMILIES)
-        raise UserError(f"--random-weights --model {path}: give {names}, or a directory with a config.json")
-    config_class = front.model_class.config_class
-    config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**front.config_defaults)
-    with torch.device(default_device()):
-        model = front.model_class._from_config(config, dtype=precision(), attn_implementation="sdpa")
-    extractor = front.extractor_class(**front.extractor_defaults)
-    lm = SpeechLM(front, to_device(model, front), byte_tokenizer(front), extractor)
-    lm.eos_ids = lm.eos_ids[:0]
-    return lm
-
-
-def rehearse(cfg):
-    """--random-weights: steps on noise, every answer of full length, to see seconds a phase and peak memory.
-
-    Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
-    """
-    lm = with_random_weights(cfg.model)
-    rng = np.random.default_rng(cfg.seed)
-    clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * cfg.audio_seconds)))
-    # Read aloud, English is about 15 characters a second.
-    questions = [{"key": f"noise-{i}", "question": "word " * int(3 * cfg.audio_seconds), "options": list(LETTERS),
-                  "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
-    optimizer, generator = prepare(lm, cfg)
-    for step in range(cfg.steps or 2):
-        metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
-        phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}
-        seconds = sum(phases.values())
-        if step == 0:
-            print("".join(f"{name:>11}" for name in ("step", *phases, "total s", "tokens/s", "peak GiB")))
-        print(f"{step + 1:>11}" + "".join(f"{s:>11.2f}" for s in (*phases.values(), seconds)) +
-              f"{metrics['tokens'] / seconds:>11.0f}{peak_memory(lm.device):>11.2f}", flush=True)
-
-
-def peak_memory(device):
-    """The most memory this process has held so far on `device`, in GiB; nan on Windows, which does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved() / 2**30
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# ======================================================================================================================
 # 13. The command
 # ======================================================================================================================
+def parse_config(arguments, build_demo):
+    """Config from the command line: a flag beats the model's own tars_config.json, which beats the default.
+
+    `build_demo(path)` is called when the default model is asked for and is not there yet.
+    """
+    table = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120)
+    parser = argparse.ArgumentParser(prog="tars.py", usage="tars.py [--setting value ...]", allow_abbrev=False,
+                                     description="setting: meaning [default; where the paper gives it]",
+                                     formatter_class=table)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind | f.metadata["flag"])
+    flags = vars(parser.parse_args(arguments))
+    model = Path(flags.get("model", Config.model))
+    if str(model) == Config.model and not model.exists():
+        build_demo(model.parent)
+    recommended = {}
+    if (model / "tars_config.json").exists():
+        recommended = json.loads((model / "tars_config.json").read_text())
+        if unknown := recommended.keys() - {f.name for f in fields(Config)}:
+            raise UserError(f"{model}/tars_config.json has the unknown setting(s) {', '.join(sorted(unknown))}")
+        recommended |= {k: os.path.normpath(model / recommended[k]) for k in ("data", "eval_data") if k in recommended}
+    return Config(**(recommended | flags))
+
+
 def build_demo(folder):
     """Make the offline demo's data and base model with data_prep.py."""
     if RANKS > 1:
@@ -1539,15 +1372,11 @@ def main(arguments=None):
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     cfg = parse_config(arguments, build_demo)
     check(cfg)
-    if cfg.random_weights:
-        return rehearse(cfg)
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     lm = SpeechLM.from_pretrained(cfg.model)
     embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
     layer_slice(cfg.layers, len(lm.decoder.layers))
-    if cfg.explain:
-        return explain(lm, questions[0], embedder, extract, cfg)
-    last, notes = find_checkpoint(cfg)
+    last, metadata = find_checkpoint(cfg)
     sum_over_ranks(torch.zeros(1, device=lm.device))  # nobody removes anything before all have looked
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -1556,7 +1385,7 @@ def main(arguments=None):
         (out / "summary.json").unlink(missing_ok=True)
         write_json(out / "config.json", asdict(cfg))
 
-    before = notes["before"] if notes else evaluate(lm, eval_questions, extract, cfg)
+    before = metadata["before"] if metadata else evaluate(lm, eval_questions, extract, cfg)
     after = train(lm, questions, eval_questions, embedder, extract, cfg, before, last)
     if RANK:
         return
