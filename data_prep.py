@@ -14,11 +14,13 @@ Imports: this file imports tars.py; eval.py imports this file.
 """
 
 import argparse
+import io
 import json
 import math
 import re
 import shutil
 import unicodedata
+import wave
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -44,6 +46,7 @@ from transformers import (
 
 from tars import (
     COLUMNS,
+    DEVICE,
     LETTERS,
     SAMPLE_RATE,
     SYSTEM_PROMPT,
@@ -51,12 +54,11 @@ from tars import (
     Qwen25Omni,
     SpeechLM,
     UserError,
-    default_device,
     extract_answers,
+    judge,
     load_helper,
     read_clip,
     run,
-    wav_bytes,
     write_json,
     written_question,
 )
@@ -133,7 +135,10 @@ def speak(text, rng):
         now += pause
     lengths = [round(seconds * SAMPLE_RATE) for _, seconds in segments]
     silence = (500.0, 1500.0, 2500.0)
-    track = lambda values: np.repeat(np.array(values, np.float32), lengths, axis=0)
+
+    def track(values):
+        return np.repeat(np.array(values, np.float32), lengths, axis=0)
+
     formants = tract * track([FORMANTS.get(letter, silence) for letter, _ in segments])  # [T, 3]
     voiced = track([1.0 if letter and letter in VOWELS else 0.25 for letter, _ in segments])  # [T]
     loud = track([0.0 if letter is None else 1.0 for letter, _ in segments])
@@ -149,6 +154,15 @@ def speak(text, rng):
     level = np.sqrt(np.mean(wave_**2))
     wave_ = wave_ + level * 10 ** (-snr / 20) * rng.standard_normal(len(wave_))
     return (wave_ / np.abs(wave_).max() * 0.9 * 10 ** (gain / 20)).astype(np.float32), ends
+
+
+def wav_bytes(waveform):
+    """Waveform [T] in -1..1, 16 kHz -> 16-bit mono WAV file as bytes."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as clip:
+        clip.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))  # channels, bytes a sample, samples a second
+        clip.writeframes((np.asarray(waveform) * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
 
 
 # ======================================================================================================================
@@ -203,12 +217,15 @@ def demo_model(tokenizer):
 
 
 def lesson(expressions, rng, step, steps):
-    """24 exercises, each an expression and whether its option is only to be looked up, of a number that is given.
+    """24 exercises (expression, look_up). With look_up the result is given; only its letter must be found.
 
     Looking up comes first and alone: mixed with sums from the start it is learnt much later. Then some one-step sums go
     with the two-step ones, so that the LLM learns to add and not a few hundred sums by heart.
     """
-    draw = lambda count: [expressions[i] for i in rng.integers(len(expressions), size=count)]
+
+    def draw(count):
+        return [expressions[i] for i in rng.integers(len(expressions), size=count)]
+
     if step < 0.16 * steps:
         return [(expression, True) for expression in draw(24)]
     return ([(expression, True) for expression in draw(4)] + [(expression[:3], False) for expression in draw(3)] +
@@ -238,7 +255,10 @@ def text_batch(tokenizer, exercises, rng, pauses):
             user = [t for u in user if u not in breaks for t in [token(PAUSE)] * rng.poisson(rate) + [u]]
         prompts.append(tokenizer(Qwen25Omni.before_user).input_ids + user + tokenizer(Qwen25Omni.after_user).input_ids)
         answers.append(tokenizer(answer + Qwen25Omni.end_of_turn[0]).input_ids)
-    pad = lambda rows: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+    def pad(rows):
+        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
     ids = pad([p + a for p, a in zip(prompts, answers)])
     mask = pad([[1] * (len(p) + len(a)) for p, a in zip(prompts, answers)])
     # The option's letter is the hard part and one token among twenty: it weighs three times as much.
@@ -285,7 +305,10 @@ def spoken_question(expression, letter, rng, key):
 
 
 def nearness_loss(states, targets, table, pause):
-    """How far audio embeddings [n, H] are from the word embeddings of their targets [n]; pauses weigh a fifth."""
+    """How far audio embeddings [n, H] are from the word embeddings of their targets [n]; pauses weigh a fifth.
+
+    Cross-entropy against the embedding table plus squared distance.
+    """
     weight = torch.where(targets == pause, 0.2, 1.0)
     named = F.cross_entropy(states @ table.T, targets, reduction="none")
     return ((named + (states - table[targets]).square().mean(-1)) * weight).sum() / weight.sum()
@@ -294,9 +317,8 @@ def nearness_loss(states, targets, table, pause):
 def answer_loss(lm, spoken, answers):
     """Mean loss of the worked answers' tokens under the spoken prompts; both are lists, [n, H] and [C] a question."""
     table = lm.model.get_input_embeddings().weight  # [V, H]
-    embed = lambda text: table[lm.tokenizer(text).input_ids]  # [tokens, H]
-    before = embed(lm.family.before_user + lm.family.before_audio)
-    after = embed(lm.family.after_audio + lm.family.after_user)
+    before = table[lm.tokenizer(lm.family.before_user + lm.family.before_audio).input_ids]  # [tokens, H]
+    after = table[lm.tokenizer(lm.family.after_audio + lm.family.after_user).input_ids]  # [tokens, H]
     rows = [torch.cat([before, clip, after, table[answer]]) for clip, answer in zip(spoken, answers)]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padded on the right, where nothing looks
     hidden = lm.decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
@@ -310,10 +332,9 @@ def spoken_accuracy(lm, questions):
     right = 0
     for first in range(0, len(questions), 64):
         batch = questions[first : first + 64]
-        prompts = lm.prompts([[lm.spoken_turn(question)] for question in batch])  # [b, 1, P, H]
+        prompts = [[lm.prompt(lm.spoken_turn(question))] for question in batch]  # b lists of one prompt [P, H]
         completions = lm.detokenize(*lm.rollout(prompts, 1, 26, temperature=0)[:2])
-        right += sum(answer == LETTERS[question["answer_index"]]
-                     for question, answer in zip(batch, extract_answers(batch, completions)))
+        right += judge(batch, completions, extract_answers)[1].sum().item()
     return right / len(questions)
 
 
@@ -475,8 +496,8 @@ def parse_prompt(prompt):
     options[3], *instruction = re.split(INSTRUCTION, options[3], maxsplit=1)
     if not instruction and "\n" in options[3].strip():
         raise Lost("no telling where option D ends")
-    flat = lambda text: " ".join(text.split())
-    return flat(prompt[: openings[0].start()]), [flat(option) for option in options]
+    question, *options = (" ".join(text.split()) for text in (prompt[: openings[0].start()], *options))
+    return question, options
 
 
 def from_voicebench(index, row, args):
@@ -543,9 +564,11 @@ def spell_out(text):
     """
     def number(match):
         whole, _, fraction = match[0].replace(",", "").partition(".")
-        digits = lambda digits: " ".join(ONES[int(d)] for d in digits)
-        whole = digits(whole) if len(whole) > 15 else number_words(int(whole))
-        return f" {whole} " + (f"point {digits(fraction)} " if fraction else "")
+        whole = one_by_one(whole) if len(whole) > 15 else number_words(int(whole))
+        return f" {whole} " + (f"point {one_by_one(fraction)} " if fraction else "")
+
+    def one_by_one(digits):
+        return " ".join(ONES[int(d)] for d in digits)
 
     def symbol(c):
         if c in SYMBOLS:
@@ -739,8 +762,8 @@ def convert(name, args):
 
 def load_speech_models(args):
     """The voice and the listener of `mmlu`."""
-    return (load_helper(Voice, "--tts", args.tts, default_device()),
-            load_helper(Listener, "--asr", args.asr, default_device()))
+    return (load_helper(Voice, "--tts", args.tts, DEVICE),
+            load_helper(Listener, "--asr", args.asr, DEVICE))
 
 
 def main(arguments=None):

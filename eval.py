@@ -34,46 +34,49 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep import Listener, resume, word_error_rate
+from data_prep import Listener, resume, wav_bytes, word_error_rate
 from tars import (
+    DEVICE,
+    DTYPE,
     FAMILIES,
     LETTERS,
     MODALITIES,
     SAMPLE_RATE,
     Config,
+    LoRALinear,
     NGramEmbedder,
+    Phi4Multimodal,
+    Qwen25Omni,
     SpeechLM,
     UserError,
-    against_references,
     answer_greedily,
     attach_lora,
     check,
-    default_device,
-    eval_batches,
     extract_answers,
     family_of,
     grpo_loss,
-    layer_slice,
+    judge,
+    layer_weights,
     load_embedder,
     load_extractor,
     load_helper,
     load_questions,
-    lora_layers,
     make_trainable,
     modality_advantages,
     modality_recovery_rate,
+    pad_left,
     parse_config,
     peak_memory,
     positions,
-    precision,
+    question_batches,
     read_clip,
+    reference_features,
     representation_reward,
     run,
-    score_texts,
     to_device,
-    total_reward,
+    token_weights,
     train_step,
-    wav_bytes,
+    without_lora,
 )
 
 ASR_REQUEST = "Transcribe the audio clip into text."
@@ -97,7 +100,10 @@ def mean_and_interval(values):
 def table(head, rows):
     """Rows of strings under a head, columns as wide as they need, the first to the left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    line = lambda row: "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+
+    def line(row):
+        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+
     return "\n".join(map(line, [head, *rows]))
 
 
@@ -105,7 +111,7 @@ def table(head, rows):
 # 2. Table 1: accuracy on speech (A) and on text (T), MRR
 # ======================================================================================================================
 def load_adapter(lm, path):
-    """Attach a saved adapter to a base model. Raises UserError if it is missing or belongs to another model."""
+    """Put a saved adapter on a base model, in place of an earlier one. Raises UserError if it is no adapter of it."""
     path = Path(path)
     if not (path / "adapter_config.json").exists():
         raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
@@ -114,12 +120,17 @@ def load_adapter(lm, path):
         tensors = load_file(path / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} holds a broken adapter: {str(error).splitlines()[0]}") from error
+    for parent in list(lm.decoder.layers.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LoRALinear):
+                setattr(parent, name, child.linear)
     attach_lora(lm, settings["r"], settings["lora_alpha"])
-    # Compared from `layers.` on: where the decoder sits in the model differs between versions of transformers.
-    tail = lambda name: name.split("layers.", 1)[1].removesuffix(".weight")
+
+    def tail(name):  # where the decoder sits in the model differs between versions of transformers
+        return name.split("layers.", 1)[1].removesuffix(".weight")
+
     tensors = {tail(name): tensor for name, tensor in tensors.items()}
-    weights = {f"{tail(name)}.{part}": getattr(m, part)
-               for name, m in lora_layers(lm).items() for part in ("lora_A", "lora_B")}
+    weights = {tail(name): weight for name, weight in lm.model.named_parameters() if weight.requires_grad}
     if {n: t.shape for n, t in tensors.items()} != {n: w.shape for n, w in weights.items()}:
         base = settings["base_model_name_or_path"]
         raise UserError(f"{path} was trained on another model, {base}: give the adapter's own model")
@@ -128,20 +139,23 @@ def load_adapter(lm, path):
             weight.copy_(tensors[name])
 
 
-def speech_lms(args, cfg):
-    """Yield (name, SpeechLM) for the base model and for each adapter on it, one in memory at a time."""
-    for adapter in [None, *args.adapter]:
-        lm = SpeechLM.from_pretrained(args.model)
-        if adapter:
-            load_adapter(lm, adapter)
-        yield adapter or "base", lm
+def speech_lms(args):
+    """Yield (name, SpeechLM) for the base model and for each adapter on it. The model is loaded once."""
+    lm = SpeechLM.from_pretrained(args.model)
+    for adapter in args.adapter:  # a wrong one is refused before anything is measured
+        load_adapter(lm, adapter)
+    with without_lora():
+        yield "base", lm
+    for adapter in args.adapter:
+        load_adapter(lm, adapter)
+        yield adapter, lm
 
 
 def cached_records(name, data, questions, each, answer, args, cfg):
     """The records of one measurement, `each` of them a question, in order; every one is written to a file in args.out.
 
-    Those of an earlier run are read from there, the rest come in batches from answer(first question). The file is told
-    from others by all that the answers depend on.
+    Those of an earlier run are read from there, the rest come in batches from answer(first question). The file's name
+    holds a hash of everything the answers depend on.
     """
     weights = Path(name) / "adapter_model.safetensors"
     begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
@@ -165,14 +179,16 @@ def cached_records(name, data, questions, each, answer, args, cfg):
 
 def cascade(lm, listener, questions, extract, cfg, start):
     """Whisper transcribes each clip, the model answers the transcript in writing: batches of records."""
-    for batch in eval_batches(questions, cfg, "cascade", start):
+    for batch in question_batches(questions, cfg.eval_batch, "cascade", start):
         transcripts = [listener.transcribe(read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
         with torch.no_grad():
-            prompts = lm.prompts([[lm.embed_text(text)] for text in transcripts])  # [b, 1, P, H]
+            prompts = [[lm.prompt(lm.embed_text(text))] for text in transcripts]  # b lists of one prompt [P, H]
         completions = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
-        yield [{"key": q["key"], "modality": "speech", "completion": completion, "answer": answer,
-                "right": answer == LETTERS[q["answer_index"]], "heard": text}
-               for q, text, completion, answer in zip(batch, transcripts, completions, extract(batch, completions))]
+        letters, acc, _ = judge(batch, completions, extract)
+        yield [{"key": q["key"], "modality": "speech", "completion": completion, "answer": letter, "right": right == 1,
+                "heard": text}
+               for q, text, completion, letter, right
+               in zip(batch, transcripts, completions, letters, acc[:, 0].tolist())]
 
 
 def accuracy_cell(records):
@@ -184,9 +200,9 @@ def accuracy_cell(records):
 
 def compare(args, cfg, sets):
     """Print Table 1: one row a model, two columns a data set, averages, unparsed share, MRR."""
-    extract = load_extractor(cfg, default_device())
+    extract = load_extractor(cfg, DEVICE)
     rows, base_text = [], args.base_text_accuracy
-    for name, lm in speech_lms(args, cfg):
+    for name, lm in speech_lms(args):
         measured = {}
         for data, questions in sets.items():
             answer = partial(answer_greedily, lm, questions, extract, cfg)
@@ -196,7 +212,7 @@ def compare(args, cfg, sets):
             base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
         rows.append(row_of(name, measured, base_text))
         if name == "base" and args.cascade:
-            listener = load_helper(Listener, "--cascade", args.cascade, default_device())
+            listener = load_helper(Listener, "--cascade", args.cascade, DEVICE)
             name = f"cascade {args.cascade}"
             rows.append(row_of(name, {data: {"speech": cached_records(
                 name, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
@@ -217,7 +233,10 @@ def row_of(name, measured, base_text):
             columns[m].append(percent)
             unparsed[m] += [r["answer"] is None for r in by.get(m, [])]
     average = {m: np.mean(columns[m]) for m in MODALITIES}
-    shown = lambda x: "-" if math.isnan(x) else f"{x:.1f}"
+
+    def shown(x):
+        return "-" if math.isnan(x) else f"{x:.1f}"
+
     lost = "/".join(f"{100 * np.mean(unparsed[m]):.1f}" if unparsed[m] else "-" for m in MODALITIES)
     mrr = modality_recovery_rate(average["speech"], base_text)
     return [name, *cells, *map(shown, average.values()), lost, shown(mrr)]
@@ -229,17 +248,17 @@ def row_of(name, measured, base_text):
 def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = []
-    for name, lm in speech_lms(args, cfg):
+    for name, lm in speech_lms(args):
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_REQUEST).input_ids:
             raise UserError(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
                             "this model (the demo's, say) was never taught to transcribe")
         cells = []
         for questions in sets.values():
             errors = []
-            for batch in eval_batches(questions, cfg, "asr"):
+            for batch in question_batches(questions, cfg.eval_batch, "asr"):
                 with torch.no_grad():
                     request = lm.embed_text(ASR_REQUEST)
-                    prompts = lm.prompts([[torch.cat([lm.spoken_turn(q), request])] for q in batch])  # [b, 1, P, H]
+                    prompts = [[lm.prompt(torch.cat([lm.spoken_turn(q), request]))] for q in batch]
                 transcripts = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
                 errors += [word_error_rate(q["prompt_for_tts"], text) for q, text in zip(batch, transcripts)]
             mean, half = mean_and_interval(100 * np.array(errors))
@@ -264,24 +283,24 @@ def token_cosines(speech, text, completion_mask):
 def layer_cosines(lm, questions, cfg):
     """Teacher-force the model's own greedy text answers under both prompts -> cosine per question and layer [n, L]."""
     cosines = []
-    for batch in eval_batches(questions, cfg, "layers"):
-        prompts = lm.embed(batch)  # [b, 2, P, H]
-        written = prompts._replace(embeds=prompts.embeds[:, 1:], mask=prompts.mask[:, 1:])  # [b, 1, P, H]
-        ids, mask, _ = lm.rollout(written, 1, cfg.max_new_tokens, temperature=0)  # [b, 1, 1, C]
-        answer = lm.embed_tokens(ids[:, :, 0]).expand(-1, 2, -1, -1)  # [b, 2, C, H]
-        embeds = torch.cat([prompts.embeds, answer], dim=2).flatten(0, 1)  # [b * 2, P + C, H]
-        seen = torch.cat([prompts.mask, mask[:, :, 0].expand(-1, 2, -1)], dim=2).flatten(0, 1)  # [b * 2, P + C]
-        states = lm.decoder(inputs_embeds=embeds, attention_mask=seen, position_ids=positions(seen), use_cache=False,
-                            output_hidden_states=True).hidden_states[1:]  # L of [b * 2, P + C, H]
-        states = torch.stack([h[:, prompts.mask.shape[-1] :].unflatten(0, (-1, 2)) for h in states])  # [L, b, 2, C, H]
-        cosines.append(token_cosines(states[:, :, 0], states[:, :, 1], mask[:, 0, 0]).cpu())
+    for batch in question_batches(questions, cfg.eval_batch, "layers"):
+        prompts = lm.embed(batch)  # b lists of M prompts [P, H]
+        ids, mask, _ = lm.rollout([[written] for _, written in prompts], 1, cfg.max_new_tokens, temperature=0)
+        answer, mask = lm.embed_tokens(ids[:, 0, 0]), mask[:, 0, 0]  # [b, C, H], [b, C]
+        embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [b * 2, P, H]
+        embeds = torch.cat([embeds, answer.repeat_interleave(2, 0)], dim=1)  # [b * 2, P + C, H]
+        seen = torch.cat([prompt_mask, mask.repeat_interleave(2, 0)], dim=1)  # [b * 2, P + C]
+        states = lm.run_decoder(embeds, seen, positions(seen), output_hidden_states=True).hidden_states[1:]
+        P = prompt_mask.shape[1]
+        states = torch.stack([h[:, P:].unflatten(0, (-1, 2)) for h in states])  # [L, b, 2, C, H]
+        cosines.append(token_cosines(states[:, :, 0], states[:, :, 1], mask).cpu())
     return torch.cat(cosines)
 
 
 def drift(args, cfg, sets):
     """Print the cosine per layer of every model over all data sets; with --plot, draw it."""
     lines = {}
-    for name, lm in speech_lms(args, cfg):
+    for name, lm in speech_lms(args):
         lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
     rows = [[str(l), *(f"{mean[l - 1]:.4f} +- {half[l - 1]:.4f}" for mean, half in lines.values())] for l in layers]
@@ -310,6 +329,7 @@ def curves(args):
               ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"))
     for folder in args.curves:
         log, base_text = read_run(folder)
+        print(f"{folder}{cost_table(log)}\n")
         steps = np.array([line["step"] for line in log])
         for axis, (key, label) in zip(axes.flat, panels):
             values = np.array([line["acc_speech"] / base_text if key == "mrr" else line[key] for line in log])
@@ -326,6 +346,17 @@ def curves(args):
     axes.flat[0].legend()
     figure.suptitle("Lines: roll-outs at the training temperature, mean of 20 steps. Dots: greedy, evaluation set.")
     save(figure, args.plot)
+
+
+def cost_table(log):
+    """Where a run's time went, from the lines of its log.jsonl."""
+    phases = {name.removeprefix("seconds_"): [line[name] for line in log] for name in log[0] if "seconds_" in name}
+    phases["whole steps"] = [line["seconds"] for line in log]
+    total = sum(phases["whole steps"])
+    rows = [f"{name:<14}{sum(s):>10.1f}{np.median(s):>16.3f}{100 * sum(s) / total:>9.1f}" for name, s in phases.items()]
+    return "\n".join([f"\n{'phase':<14}{'seconds':>10}{'median a step':>16}{'share %':>9}", *rows,
+                      f"{sum(line['tokens'] for line in log) / total:.0f} sampled tokens a second, peak memory "
+                      f"{max(line['peak_gib'] or math.nan for line in log):.2f} GiB"])
 
 
 def read_run(run):
@@ -366,101 +397,113 @@ def save(figure, path):
 # ======================================================================================================================
 # 6. --explain: one group worked through as on paper
 # ======================================================================================================================
-def explain(lm, question, embedder, extract, cfg):
-    """One group worked through as on paper, each equation with its numbers put in, within 100 columns."""
-    half, generator = cfg.group_size // 2, torch.Generator(lm.device).manual_seed(cfg.seed)
-    prompts = lm.embed([question])  # [1, 2, P, H]
-    ids, mask, truncated = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)  # [1, 2, G/2, C]
-    texts = score_texts(lm, [question], ids, mask, embedder, extract, cfg, generator)
-    with torch.no_grad():
-        logps, states = lm.forward(prompts.rows(), ids.flatten(0, 1), mask.flatten(0, 1), cfg.temperature)
-    states = states[None, :, :, layer_slice(cfg.layers, states.shape[2])].float()  # [1, 2, G/2, L, H]
-    by_layer = [against_references(representation_reward, state[..., None, :], texts.references)[0].tolist()
-                for state in states.unbind(3)]  # L lists of G/2 cosines
-    rep = against_references(representation_reward, states, texts.references)  # [1, G/2]
-    rewards = texts.base.clone()
-    rewards[:, 0] = total_reward(texts.base[:, 0], rep, texts.beh, cfg.alpha, cfg.beta)
+def recorded(function, results):
+    """The same function; what it returns is also appended to `results`."""
+
+    def call(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return call
+
+
+def explain(args):
+    """What one training step computes for the first question, each equation with its numbers, within 100 columns.
+
+    The settings are those of the run args.explain, else of the model; an adapter that the run has saved is loaded.
+    """
+    cfg = settings_of(args.explain) if args.explain else parse_config(["--model", args.model], not_built)
+    lm, question = SpeechLM.from_pretrained(cfg.model), load_questions(cfg.data)[0]
+    embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
+    if (Path(args.explain) / "adapter_config.json").exists():
+        load_adapter(lm, args.explain)
+    else:
+        attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
+    nothing = torch.optim.SGD([p for p in lm.model.parameters() if p.requires_grad], lr=0.0)
+    lm.rollout, lm.forward = recorded(lm.rollout, rollouts := []), recorded(lm.forward, passes := [])
+    generator = torch.Generator(lm.device).manual_seed(cfg.seed)
+    _, group = train_step(lm, [question], embedder, extract, nothing, cfg, generator)
+
+    (ids, mask, truncated), (logps, states) = rollouts[0], passes[0]  # [1, M, G/2, ...]
+    speech, text = group["speech"], group["text"]
+    answers = {f"S{s + 1}": answer for s, answer in enumerate(speech)} | {f"T{s + 1}": a for s, a in enumerate(text)}
+    letters, *_ = judge([question], [answer["completion"] for answer in answers.values()], extract)
+    names = {s: f"T{s + 1}" for s in range(len(text))} | {-1: "none: 0"}  # of the references
+    pairs = [f"  {name}  cos with {names[answer['reference']]}:" for name, answer in zip(answers, speech)]
 
     print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}\n"
           f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
           "to the written one.")
-    explain_texts(texts, half, cfg)
-    explain_rewards(texts, by_layer, rep, rewards, half, cfg)
+    show("The model answers G times, half from speech, half from text", "rollout",
+         [f"  {n}  {textwrap.shorten(a['completion'], 94, placeholder=' ...')}" for n, a in answers.items()])
+    show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
+         [f"  {n}  answer {letter or '-'}:  {a['acc']:.0f} + {cfg.lam:g} * {a['fmt']:.0f} = {a['base']:.2f}"
+          for letter, (n, a) in zip(letters, answers.items())])
+    show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
+         ["  " + "   ".join(f"{n} -> {names[a['reference']]}" for n, a in zip(answers, speech))])
+    if cfg.alpha:
+        weights = layer_weights(cfg.layers, states.shape[-2])  # [L]
+        used = weights.nonzero()[:, 0].tolist()
+        y_star = reference_features(states, torch.tensor([[a["reference"] for a in speech]], device=lm.device))
+        alone = torch.eye(len(weights), device=lm.device)  # [L, L], the weights that take one layer alone
+        by_layer = {l: representation_reward(states, y_star, alone[l])[0, 0].tolist()
+                    for l in sorted({used[0], used[len(used) // 2], used[-1]})}
+        show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
+             [f"{pair}  " + "  ".join(f"layer {l + 1} {cosines[s]:.3f}" for l, cosines in by_layer.items()) +
+              f"   mean of {len(used)} layers {speech[s]['rep']:.3f}" for s, pair in enumerate(pairs)])
+    if cfg.beta:
+        show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
+             [f"{pair} {a['beh']:.3f}" for pair, a in zip(pairs, speech)])
+    show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh", "total_reward",
+         [f"  {n}  {a['base']:.2f} + {cfg.alpha:g} * {a['rep']:.3f} + {cfg.beta:g} * {a['beh']:.3f} = {a['reward']:.3f}"
+          for n, a in answers.items()])
+    R = torch.tensor([[[a["reward"] for a in half] for half in (speech, text)]])  # [1, M, G/2]
+    other = modality_advantages(R, not cfg.joint_norm).flatten().tolist()
+    means = "a mean for each modality" if cfg.joint_norm else "one joint mean"
+    show("Eq. (7)  A = R - mean" + (" of the group" if cfg.joint_norm else " of its modality"), "modality_advantages",
+         [f"  {n}  {a['reward']:.3f} - {a['reward'] - a['advantage']:.3f} = {a['advantage']:+.3f}    "
+          f"with {means}, {a['reward'] - o:.3f}: {o:+.3f}" for o, (n, a) in zip(other, answers.items())])
     # The token whose loss is shown: from the middle of the answer with the largest advantage.
-    A = modality_advantages(rewards).flatten()
-    best = A.abs().argmax().item()
+    name, answer = max(answers.items(), key=lambda item: abs(item[1]["advantage"]))
+    best, A = list(answers).index(name), answer["advantage"]
+    n_tokens = 1 / token_weights(mask, truncated=truncated).max()
     token = int(mask.flatten(0, 2)[best].sum()) // 2
-    name, word = row_names(half)[best], lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item())
-    explain_loss(f"token {token + 1} of {name}, {word!r}", logps.flatten(0, 1)[best, token].item(), A[best].item(),
-                 int((mask * ~truncated[..., None]).sum()), cfg)
-
-
-def row_names(half):
-    """S1 S2 ... T1 T2 ..., in row order."""
-    return [f"{m}{s + 1}" for m in "ST" for s in range(half)]
+    word, logp = lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item()), logps.flatten(0, 2)[best, token].item()
+    low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
+    value = {rho: grpo_loss(torch.tensor([math.log(rho)]), torch.zeros(1), torch.tensor(A), torch.ones(1), cfg.eps_low,
+                            cfg.eps_high, 1 / n_tokens) for rho in (1, high + 0.22)}
+    show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
+         [f"  token {token + 1} of {name}, {word!r}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
+          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens:.0f} = {value[1]:+.5f}",
+          "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
+          *(f"  were rho {rho:g}: - min({rho * A:+.3f}, {high * A:+.3f}) / {n_tokens:.0f} = {loss:+.5f}"
+            for rho, loss in value.items() if rho != 1)])
 
 
 def show(title, function, rows):
-    """A block of --explain: a title, the function of this file that it is about, lines cut at 100 columns."""
+    """A block of --explain: a title, the function of tars.py that it is about, lines cut at 100 columns."""
     print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
 
 
-def explain_texts(texts, half, cfg):
-    """The answers, Eq. (3), the references."""
-    names, numbers = row_names(half), zip(texts.acc.flatten(), texts.fmt.flatten(), texts.base.flatten())
-    show("The model answers G times, half from speech, half from text", "rollout",
-         [f"  {n}  {textwrap.shorten(c, 94, placeholder=' ...')}" for n, c in zip(names, texts.completions)])
-    show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
-         [f"  {n}  answer {answer or '-'}:  {acc:.0f} + {cfg.lam:g} * {fmt:.0f} = {base:.2f}"
-          for n, answer, (acc, fmt, base) in zip(names, texts.answers, numbers)])
-    show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
-         ["  " + "   ".join(f"{n} -> {reference_name(r)}" for n, r in zip(names, texts.references[0]))])
-
-
-def reference_name(index):
-    """T1, T2, ... or that there is none and the reward 0."""
-    return f"T{index + 1}" if index >= 0 else "none: 0"
-
-
-def explain_rewards(texts, by_layer, rep, rewards, half, cfg):
-    """Eq. (4), (5), (6), (2), (7). by_layer: L lists of G/2 cosines, rep [1, G/2], rewards [1, 2, G/2]."""
-    names, L = row_names(half), len(by_layer)
-    pairs = [f"  {n}  cos with {reference_name(r)}:" for n, r in zip(names, texts.references[0])]
-    shown = sorted({0, L // 2, L - 1})
-    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
-         [f"{pair}  " + "  ".join(f"layer {l + 1} {by_layer[l][s]:.3f}" for l in shown) +
-          f"   mean of {L} layers {rep[0, s]:.3f}" for s, pair in enumerate(pairs)])
-    show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
-         [f"{pair} {texts.beh[0, s]:.3f}" for s, pair in enumerate(pairs)])
-    spoken = zip(names, texts.base[0, 0], rep[0], texts.beh[0], rewards[0, 0])
-    show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh, speech only", "total_reward",
-         [f"  {n}  {base:.2f} + {cfg.alpha:g} * {r:.3f} + {cfg.beta:g} * {b:.3f} = {R:.3f}"
-          for n, base, r, b, R in spoken] +
-         [f"  {n}  {R:.3f}" for n, R in zip(names[half:], rewards[0, 1])])
-    mu_speech, mu_text = means = [f"{mean:.3f}" for mean in rewards[0].mean(-1)]
-    own, joint = modality_advantages(rewards).flatten(), modality_advantages(rewards, joint=True).flatten()
-    show(f"Eq. (7)  A = R - mean of its modality (S {mu_speech}, T {mu_text})", "modality_advantages",
-         [f"  {n}  {R:.3f} - {means[i // half]} = {own[i]:+.3f}    "
-          f"with one joint mean, {rewards.mean():.3f}: {joint[i]:+.3f}"
-          for i, (n, R) in enumerate(zip(names, rewards.flatten()))])
-
-
-def explain_loss(token, logp, A, n_tokens, cfg):
-    """The loss of one token, and what clipping would do to it. logp and A are numbers."""
-    low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
-    far = high + 0.22
-    at = lambda ratio: grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([A]),
-                                 torch.ones(1, 1), cfg.eps_low, cfg.eps_high, n_tokens)
-    show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
-         [f"  {token}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
-          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens} = {at(1):+.5f}",
-          "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
-          f"  were rho {far:g}: - min({far * A:+.3f}, {high * A:+.3f}) / {n_tokens} = {at(far):+.5f}"])
+def settings_of(folder):
+    """The settings of a run, from its config.json. Raises UserError if there is none."""
+    try:
+        saved = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--explain {folder}: it holds no config.json, give the --out directory of a run") from error
+    return Config(**{field.name: saved[field.name] for field in fields(Config) if field.name in saved})
 
 
 # ======================================================================================================================
 # 7. --random-weights: does a run fit the GPU?
 # ======================================================================================================================
+# Settings of the hub's models that differ from transformers' defaults: of the model, of the audio feature extractor.
+HUB_SETTINGS = {
+    Qwen25Omni: ({"vision_config": {"hidden_size": 1280}}, {"feature_size": 128, "chunk_length": 300}),
+    Phi4Multimodal: ({"tie_word_embeddings": True, "num_attention_heads": 24}, {}),
+}
+
+
 def byte_tokenizer(family):
     """A stand-in tokenizer for random weights: one token a byte, and the control tokens of the family's template."""
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
@@ -484,10 +527,11 @@ def with_random_weights(path):
         names = " or ".join(f.repository for f in FAMILIES)
         raise UserError(f"--random-weights {path}: give {names}, or a directory with a config.json")
     config_class = family.model_class.config_class
-    config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**family.config_defaults)
-    with torch.device(default_device()):
-        model = family.model_class._from_config(config, dtype=precision(), attn_implementation="sdpa")
-    feature_extractor = family.feature_extractor_class(**family.feature_extractor_defaults)
+    model_settings, extractor_settings = HUB_SETTINGS[family]
+    config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**model_settings)
+    with torch.device(DEVICE):
+        model = family.model_class._from_config(config, dtype=DTYPE, attn_implementation="sdpa")
+    feature_extractor = family.feature_extractor_class(**extractor_settings)
     lm = SpeechLM(family, to_device(model, family), byte_tokenizer(family), feature_extractor)
     lm.eos_ids = lm.eos_ids[:0]
     return lm
@@ -555,16 +599,14 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if args.random_weights:
         return random_weights(args)
+    if args.explain is not None:
+        return explain(args)
     if args.curves:
         args.plot = args.plot or "curves.png"
         return curves(args)
     own = [f"--{flag.replace('_', '-')}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")
            if (value := getattr(args, flag)) is not None]
-    cfg = settings_of(args.explain) if args.explain else parse_config(own, not_built)
-    if args.explain is not None:
-        lm = SpeechLM.from_pretrained(cfg.model)
-        embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
-        return explain(lm, load_questions(cfg.data)[0], embedder, extract, cfg)
+    cfg = parse_config(own, not_built)
     if args.adapter is None:
         args.adapter = ["runs/tars"] if args.model == "runs/demo/model" else []
     sets = {}
@@ -572,15 +614,6 @@ def main(arguments=None):
         questions = load_questions(path)
         sets[Path(path).name] = questions.select(range(min(args.limit or len(questions), len(questions))))
     (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)
-
-
-def settings_of(folder):
-    """The settings of a run, from its config.json. Raises UserError if there is none."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--explain {folder}: it holds no config.json, give the --out directory of a run") from error
-    return Config(**{field.name: saved[field.name] for field in fields(Config) if field.name in saved})
 
 
 def not_built(folder):

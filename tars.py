@@ -2,61 +2,41 @@
 
 "Closing the Modality Reasoning Gap for Speech Large Language Models", Wang et al., arXiv 2601.05543, ACL 2026.
 
-A speech LLM (audio encoder -> projector -> text LLM) answers a spoken question worse than the same question in writing:
-its hidden states drift away from those of the written run, and its chain of thought drifts with them. TARS lets the
-model answer each question G times, half from speech and half from text. Every answer earns a task reward, Eq. (3). A
-spoken answer also earns two dense rewards for staying close to a *correct* written answer of the same group: close in
-its hidden states, Eq. (5), and close in what it says, Eq. (6). The reference comes from the model itself and improves
-with it. Advantages are centred within each modality, Eq. (7), and a GRPO step with DAPO's clipping updates LoRA weights
-of the LLM. Dense rewards matter because they still differ when every spoken answer of a group is wrong.
+A speech LLM (audio encoder -> projector -> text LLM) answers a spoken question worse than the same question in writing.
+Its hidden states drift away from those of the written run, layer by layer, and its chain of thought drifts with them.
+TARS lets the model answer each question G times, half from speech and half from text: a group. Every answer earns a
+task reward. A spoken answer also earns two dense rewards for staying close to a *correct* written answer of its group:
+close in its hidden states, and close in what it says. This reference comes from the model itself and improves with it.
+Advantages are centred within each modality, and a GRPO step with DAPO's clipping updates LoRA weights of the LLM. The
+dense rewards matter because they still differ when every spoken answer of a group is wrong.
 
-  Eq.   function here            what it is                                        test in test_tars.py
-  (1)   modality_recovery_rate   speech accuracy in percent of the text backbone   test_eq1_*
-  (2)   total_reward             R = R_base + alpha R_rep + beta R_beh (speech)    test_eq2_*
-  (3)   base_reward              R_base = R_acc + lambda R_fmt                     test_eq3_*, test_format_*
-  (4)   pool_hidden_states       mean over the generated positions of a layer      test_eq4_*
-  (5)   representation_reward    mean over layers of cos(speech, text)             test_eq5_*
-  (6)   behavior_reward          cos(E(speech answer), E(text answer))             test_eq6_*
-  (7)   modality_advantages      A = r - mean of its own modality                  test_eq7_*
-  loss  grpo_loss                clipped surrogate over the tokens of the batch    test_loss_*
-  all   train_step               one step of the algorithm, numbered               test_step_*
+  one question       one group                   reward                                 advantage
+  spoken prompt -->  G/2 spoken answers  -->  R_base + alpha R_rep + beta R_beh  -->  R - mean of speech --+
+                                                        ^ states     ^ text                                +--> loss
+                         a correct one is y* -----------+------------+                                     |
+  written prompt --> G/2 written answers -->  R_base                             -->  R - mean of text ----+
 
-Where we chose (the paper is followed wherever it speaks):
+B questions, M modalities (0 speech, 1 text), G samples of a question (G/2 per modality), P prompt and C completion
+tokens, T tokens, N rows of any kind, L layers, H hidden size, V vocabulary, D size of a sentence embedding.
 
-  what                   paper                         official code                      here
-  prompt of a text row   the written question          rolled out from text, but scored   written question in roll-out,
-                                                       under the audio prompt             log-probs and hidden states
-  R_rep reference        drawn at random from the      cycled in order, not matched to    drawn at random from the
-                         group's correct text answers  the question                       group's correct text answers
-  R_beh reference        the same as for R_rep         popped in order                    the same as for R_rep
-  text reward            R_base only                   + mean speech alignment reward,    R_base only
-                                                       which Eq. (7) cancels
-  R_fmt                  0 or 1, weight 0.5            0, 0.5 or 1, weight 1              0 or 1, weight 0.5
-  answer's letter        xFinder                       -                                  regular expressions that never
-                                                                                          guess; xFinder on request
-  pooled positions       all generated positions       last prompt position and final     all generated positions,
-                                                       end-of-turn dropped                end-of-turn included
-  max completion         1024                          512                                1024
-  LoRA dropout           not given                     0.05                               none: roll-out and update see
-                                                                                          the same policy
-  learning rate          1 % warm-up                   warm-up, then linear to zero       warm-up, then linear to zero
-  one step's passes      not given                     log-probs and hidden states in     one forward for both; states
-                                                       two, all layers x tokens kept      pooled as they are produced
-  old log-probs          pi_old                        the forward's, corrected for       the first forward's, detached
-                                                       vLLM's sampling
+  Eq.   function                  what it is                                         test in test_tars.py
+  (1)   modality_recovery_rate    speech accuracy in percent of the text backbone    test_eq1_*
+  (2)   total_reward              R = R_base + alpha R_rep + beta R_beh              test_eq2_*
+  (3)   base_reward               R_base = R_acc + lambda R_fmt                      test_eq3_*
+  (4)   pool_hidden_states        mean over the generated positions of a layer       test_eq4_*
+  (5)   representation_reward     mean over layers of cos(speech, text)              test_eq5_*
+  (6)   behavior_reward           cos(E(speech answer), E(text answer))              test_eq6_*
+  (7)   modality_advantages       A = r - mean of its own modality                   test_eq7_*
+  loss  token_weights, grpo_loss  clipped surrogate over the tokens of the batch     test_loss_*
+  all   train_step                one step of the algorithm, numbered                test_step_*
 
-Commands (README.md has more):
+Where paper and official code differ, the paper is followed (README has the table). Chosen here, as the paper does not
+say: LoRA without dropout, so that roll-out and update see one policy; pooling counts the end-of-turn; regular
+expressions extract the answer, xFinder on request; one forward pass gives log-probs and hidden states.
 
-  python tars.py                                               # the whole method, offline on a laptop
-  python tars.py --alpha 0 --beta 0 --out runs/grpo            # plain GRPO, to compare with
-  python eval.py --explain                                     # one group worked through, equation by equation
+  python tars.py                                       # the whole method, offline on a laptop
   python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR
-  python tars.py --help                                        # every setting and where the paper gives it
-
-Sections 3 to 9 are the paper; what comes before and after them is reading questions and running for a day.
-
-Imports: data_prep.py and eval.py import this file, never the other way round. (This file runs `data_prep.py demo` as a
-command when the offline demo is not there yet.)
+  python tars.py --help                                # every setting and where the paper gives it
 """
 
 import argparse
@@ -73,12 +53,10 @@ import textwrap
 import time
 import wave
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -91,48 +69,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    Phi4MultimodalFeatureExtractor,
-    Phi4MultimodalForCausalLM,
-    PretrainedConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PretrainedConfig
+from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor
 from transformers.utils import cached_file
 
-# Letters for shapes, here and in every comment below:
-#   B questions, G samples of a question (G/2 per modality), N rows of any kind, P prompt and C completion tokens,
-#   L layers, H hidden size, V vocabulary, D sentence-embedding size. Modality 0 is speech, 1 is text.
 MODALITIES = ("speech", "text")
+TEXT = 1
 LETTERS = "ABCD"
 
 
-# ======================================================================================================================
-# 1. Config: the paper's Table 5
-# ======================================================================================================================
+# ==== 1. Config: the paper's Table 5 ==================================================================================
 def setting(default, meaning, paper="", **flag):
-    """A field of Config: its default, what it is, where the paper gives it (empty: nowhere), more for its flag."""
+    """One Config field: default, meaning, place in the paper, extra argparse keywords."""
     note = "; ".join(str(part) for part in (default, paper) if part != "")
     return field(default=default, metadata={"help": f"{meaning} [{note}]" if note else meaning, "flag": flag})
 
 
 @dataclass
 class Config:
-    """Every hyper-parameter once; the command line is made from these fields, so flag and field cannot disagree.
-
-    The defaults are the paper's. A model directory may carry its own in `tars_config.json`, as it may carry a
-    `generation_config.json`; a flag on the command line beats both.
+    """Every hyper-parameter, with the paper's value as default; the command line is made from these fields.
+    A model directory may hold a tars_config.json with other defaults. Flags override it, it overrides these.
     """
 
     # what to train on
-    model: str = setting("runs/demo/model", "checkpoint directory or hub name", "the paper: Qwen2.5-Omni-7B, Phi-4-MM")
+    model: str = setting("runs/demo/model", "model directory or hub name", "the paper: Qwen2.5-Omni-7B, Phi-4-MM")
     data: str = setting("runs/data/train", "training questions, written by data_prep.py", "the paper: 9,953 of MMLU")
     eval_data: str = setting("runs/data/test", "held-out questions, likewise", "the paper: VoiceBench MMSU and OBQA")
-    out: str = setting("runs/tars", "where adapter, logs and summary go")
+    out: str = setting("runs/tars", "directory for adapter, logs and summary")
     seed: int = setting(0, "seed of LoRA's initial weights, data order, sampling and references")
     # roll-out
     questions_per_step: int = setting(8, "B, questions per optimizer step", "Table 5: 64 completions")
@@ -141,11 +105,11 @@ class Config:
     temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "Table 5")
     # rewards and advantages
     alpha: float = setting(1.0, "weight of R_rep", "Eq. (2)")
-    beta: float = setting(1.0, "weight of R_beh", "Eq. (2)")
+    beta: float = setting(1.0, "weight of R_beh (not GRPO's KL weight: there is no KL term)", "Eq. (2)")
     lam: float = setting(0.5, "lambda, weight of R_fmt", "Eq. (3)")
     layers: str = setting("all", "layers in R_rep, `all` or a range counted from 1 such as 11-20", "Eq. (5), Figure 3")
     embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a sentence-embedding model, or `ngrams`", "Eq. (6)")
-    extractor: str = setting("regex", "who reads an answer's letter", "the paper: IAAR-Shanghai/xFinder-qwen1505")
+    extractor: str = setting("regex", "answer extractor", "the paper: IAAR-Shanghai/xFinder-qwen1505")
     aux_device: str = setting("", "device of embedder and extractor, such as cpu; empty: the model's own")
     joint_norm: bool = setting(False, "one mean over both modalities instead of one for each", "ablation of Eq. (7)")
     # loss and optimizer
@@ -161,27 +125,39 @@ class Config:
     lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "Table 5")
     lora_alpha: int = setting(32, "LoRA's update is scaled by lora_alpha / lora_rank", "Table 5")
     # memory and output
-    tokens_per_micro_batch: int = setting(16384, "paired forward: whole groups, up to so many tokens at once")
+    tokens_per_micro_batch: int = setting(16384, "most tokens, with padding, of one forward pass; groups stay whole")
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
     eval_batch: int = setting(8, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
     save_every: int = setting(50, "checkpoint every so many steps; the last two are kept")
-    resume: str = setting("", "go on from --out's last checkpoint; `--resume auto`: if there is one", nargs="?",
+    resume: str = setting("", "continue from --out's last checkpoint; `--resume auto`: if there is one", nargs="?",
                           const="last", choices=("last", "auto"), metavar="auto")
     sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
 
 
-# ======================================================================================================================
-# 2. The equations, in the paper's order
-# ======================================================================================================================
+# ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ========================
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
-    """Eq. (1), in percent: speech accuracy over that of the *original* text backbone on text (nan if that is 0)."""
-    return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else float("nan")
+    """Eq. (1): how much of its text backbone's accuracy in writing a model reaches in speech. Two numbers -> percent.
+    The denominator is fixed: the base model before training, not the trained policy.
+    MRR = Acc_speech(model) / Acc_text(base) * 100 %
+    """
+    return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else math.nan
 
 
 def total_reward(base, rep, beh, alpha=1.0, beta=1.0):
-    """Eq. (2), speech branch. R = R_base + alpha R_rep + beta R_beh. A written answer's reward is its R_base alone."""
+    """Eq. (2): the reward of each answer. Three tensors [...] -> [...].
+    A written answer has R_rep = R_beh = 0 and earns R_base alone: that is the asymmetry of the method.
+    R_i = R_base,i + alpha R_rep,i + beta R_beh,i
+    """
     return base + alpha * rep + beta * beh
+
+
+def base_reward(acc, fmt, lam=0.5):
+    """Eq. (3): the task reward of each answer, spoken or written. Two tensors [...] of 0 and 1 -> [...].
+    R_acc is 1 if the extracted option is the right one; R_fmt is format_reward.
+    R_base,i = R_acc,i + lambda R_fmt,i
+    """
+    return acc + lam * fmt
 
 
 ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD][.:,].*</answer>", re.DOTALL)
@@ -192,213 +168,206 @@ def format_reward(completion):
     return 1.0 if ANSWER_FORMAT.fullmatch(completion) else 0.0
 
 
-def base_reward(acc, fmt, lam=0.5):
-    """Eq. (3). acc and fmt in {0, 1}, any shape. R_base = R_acc + lambda R_fmt."""
-    return acc + lam * fmt
-
-
 def pool_hidden_states(hidden, completion_mask):
-    """Eq. (4). hidden [..., T, H], completion_mask [..., T] (1 on generated positions) -> their mean [..., H]."""
+    """Eq. (4): one vector for an answer and a layer. hidden [..., T, H], completion_mask [..., T] -> [..., H].
+    The mask is 1 on generated positions, end-of-turn included; the prompt's positions do not count.
+    h_bar^(l) = (1 / |y|) sum_{t in y} h_t^(l)
+    """
     mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [..., T, 1]
     return (hidden * mask).sum(-2) / mask.sum(-2).clamp(min=1)
 
 
-def representation_reward(speech, text):
-    """Eq. (5). Pooled states [..., L, H] of both -> [...]. R_rep = (1/L) sum_l cos(h_speech^(l), h_text^(l))."""
-    return F.cosine_similarity(speech, text, dim=-1).mean(-1)
-
-
-def pick_references(text_correct, generator=None):
-    """y*_text of Eq. (5) and (6): for each spoken answer one correct written answer of its group, drawn at random.
-
-    text_correct: bool [B, G/2] -> index into the group's text answers, long [B, G/2]; -1 where none is correct.
+def representation_reward(speech, text, weights=None):
+    """Eq. (5): how near the hidden states of a spoken answer are to its reference's. Pooled [..., L, H] twice -> [...].
+    All L transformer layers count alike, the embedding output does not count.
+    With `weights` [L], which sum to 1, the mean is weighted (layer bands of Figure 3).
+    R_rep = (1 / L) sum_l cos(h_bar_speech^(l), h_bar_text^(l))
     """
-    weights = text_correct.float() + (~text_correct.any(-1, keepdim=True)).float()  # uniform where there is no choice
-    drawn = torch.multinomial(weights, text_correct.shape[-1], replacement=True, generator=generator)
-    return drawn.masked_fill(~text_correct.any(-1, keepdim=True), -1)
-
-
-def against_references(reward, features, references):
-    """An alignment reward, Eq. (5) or (6), of every spoken answer with its reference; 0 where there is none.
-
-    features: [B, 2, G/2, ...] of both modalities, references: [B, G/2] -> [B, G/2].
-    """
-    group = torch.arange(len(features), device=features.device)[:, None]  # [B, 1]
-    speech, text = features[:, 0], features[group, 1, references.clamp(min=0)]  # [B, G/2, ...]
-    return torch.where(references >= 0, reward(speech, text), 0.0)
+    cosines = F.cosine_similarity(speech, text, dim=-1)  # [..., L]
+    return cosines.mean(-1) if weights is None else cosines @ weights
 
 
 def behavior_reward(speech, text):
-    """Eq. (6). Sentence embeddings [..., D] of both answers -> [...]. R_beh = cos(E(y_speech), E(y*_text))."""
+    """Eq. (6): how near a spoken answer is in meaning to its reference. Sentence embeddings [..., D] twice -> [...].
+    E embeds the whole completion, thought and answer.
+    R_beh = cos(E(y_speech), E(y*_text))
+    """
     return F.cosine_similarity(speech, text, dim=-1)
 
 
-def modality_advantages(rewards, joint=False):
-    """Eq. (7). rewards [B, 2, G/2] -> same. A_{i,m} = r_{i,m} - mu_m, mu_m the mean of modality m in the group.
-
-    Not divided by the standard deviation. With one joint mean the modality with the higher rewards is pushed up as a
-    whole and the other down, whatever they answer: text under R_base alone, speech where Eq. (2) adds to its rewards.
+def pick_references(text_correct, generator=None):
+    """y*_text of Eq. (5) and (6): for each spoken answer a correct written answer of its group, drawn at random.
+    text_correct: bool [B, G/2] -> index of a written answer, long [B, G/2]; -1 in a group without a correct one.
     """
-    return rewards - rewards.mean((1, 2) if joint else -1, keepdim=True)
+    none = ~text_correct.any(-1, keepdim=True)  # [B, 1]
+    weights = text_correct.float() + none.float()  # where none is correct any weights do: -1 replaces the draw
+    drawn = torch.multinomial(weights, text_correct.shape[-1], replacement=True, generator=generator)  # [B, G/2]
+    return drawn.masked_fill(none, -1)
+
+
+def reference_features(features, references):
+    """States or embeddings of each answer's reference. features [B, M, G/2, ...], references [B, G/2] -> as features.
+    Zeros, so that the cosine is 0, where there is no reference: for every written answer, and where it is -1.
+    """
+    question = torch.arange(len(features), device=features.device)[:, None, None]  # [B, 1, 1]
+    references = references[:, None].repeat(1, features.shape[1], 1)  # [B, M, G/2]
+    references[:, TEXT] = -1
+    chosen = features[question, TEXT, references.clamp(min=0)]  # [B, M, G/2, ...]
+    chosen[references < 0] = 0
+    return chosen
+
+
+def modality_advantages(rewards, joint=False):
+    """Eq. (7): how much better an answer is than its group's answers in the same modality. [B, M, G/2] -> same.
+    GRPO would take the mean of the whole group and divide by its standard deviation.
+    With one joint mean (`joint`) the modality with the higher mean reward gets positive advantages as a whole: text
+    under R_base, speech once R_rep and R_beh are added.
+    A_{i,m} = r_{i,m} - mu_m,  mu_m = mean_j r_{j,m}
+    """
+    return rewards - rewards.mean((-2, -1) if joint else -1, keepdim=True)
+
+
+def token_weights(completion_mask, n_tokens=None, truncated=None):
+    """DAPO's mean over tokens: each token's weight in the loss. completion_mask [..., T], truncated [...] -> [..., T].
+    A cut answer (truncated) keeps its reward and counts in the mean of Eq. (7), but not in the loss.
+    n_tokens is the number of the whole batch, if these are a part of it.
+    w_{i,t} = 1 / sum_j |y_j|, and 0 where nothing is learnt: padding and cut answers
+    """
+    learnt = completion_mask if truncated is None else completion_mask * ~truncated[..., None]  # [..., T]
+    n_tokens = sum_over_ranks(learnt.sum()) if n_tokens is None else n_tokens
+    return learnt / max(n_tokens, 1)
 
 
 def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask, eps_low=0.2, eps_high=0.28,
-              n_tokens=None):
-    """- sum over tokens of min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) / number of completion tokens.
-
-    log-probs [N, T], advantages [N], completion_mask [N, T] -> scalar. `n_tokens` is the count of the whole step where
-    these rows are only a part of it. On-policy rho is 1 and, as advantages sum to about 0, so is the value; its
-    gradient, A times the gradient of each log-prob, is not.
+              weights=None):
+    """GRPO's surrogate with DAPO's clipping: [..., T] twice, [...], [..., T] -> scalar. No KL term, no reference model.
+    On-policy rho is 1, and the value is about 0 because advantages sum to 0 in a group.
+    The gradient is not 0: each token adds A times the gradient of its log-prob.
+    `weights` [..., T] are token_weights(completion_mask) if None.
+    loss = - sum_{i,t} w_{i,t} min(rho_{i,t} A_i, clip(rho_{i,t}, 1 - eps_low, 1 + eps_high) A_i),  rho = pi / pi_old
     """
-    ratio = torch.exp(per_token_logps - old_per_token_logps)  # [N, T], rho = pi_theta / pi_old
-    A = advantages[:, None]  # [N, 1]
-    surrogate = torch.min(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # [N, T]
-    n_tokens = completion_mask.sum() if n_tokens is None else n_tokens
-    return -(surrogate * completion_mask).sum() / max(n_tokens, 1)
+    rho = torch.exp(per_token_logps - old_per_token_logps)  # [..., T]
+    A = advantages[..., None]  # [..., 1]
+    surrogate = torch.min(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)  # [..., T]
+    weights = token_weights(completion_mask.to(rho.dtype)) if weights is None else weights
+    return -(weights * surrogate).sum()
 
 
-# ======================================================================================================================
-# 3. One step of the algorithm
-# ======================================================================================================================
+# ==== 3. One step of the algorithm ====================================================================================
 def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
-    """One step of TARS on B questions. Returns the numbers to log and the first group for a person to read.
-
-    Every tensor of the step is laid out [B, 2, G/2, ...]: question, modality (0 speech, 1 text), sample.
+    """One step of TARS on B questions. Returns the numbers to log, and the first group for a person to read.
+    Every tensor of the step is [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
     """
-    half = cfg.group_size // 2
-    parameters = optimizer.param_groups[0]["params"]
-    clock = Clock(lm.device)
+    clock, parameters = Clock(lm.device), optimizer.param_groups[0]["params"]
 
-    # 1. Embed both prompts of every question. Encoder and projector are frozen: once serves roll-out and update.
-    prompts = lm.embed(questions)  # [B, 2, P, H]
-    clock("embed")
+    # 1. Embed both prompts of every question. Encoder and projector are frozen, so one pass serves roll-out and update.
+    prompts = lm.embed(questions)  # B lists of M prompts [P, H]
+    clock.lap("embed")
 
-    # 2. Roll out: the model answers each question G/2 times from speech and G/2 times from text.
-    rollout = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
-    completion_ids, completion_mask, truncated = rollout  # [B, 2, G/2, C] twice, [B, 2, G/2]
-    loss_mask = completion_mask * ~truncated[..., None]  # [B, 2, G/2, C]; a cut answer teaches nothing
-    n_tokens = sum_over_ranks(loss_mask.sum())
-    clock("rollout")
+    # 2. Roll out: the model answers every prompt G/2 times.
+    rollout = lm.rollout(prompts, cfg.group_size // len(MODALITIES), cfg.max_new_tokens, cfg.temperature, generator)
+    completion_ids, completion_mask, truncated = rollout  # [B, M, G/2, C] twice, [B, M, G/2]
+    weights = token_weights(completion_mask, truncated=truncated)  # [B, M, G/2, C]
+    clock.lap("rollout")
 
-    # 3. Score the texts: Eq. (3), the references, Eq. (6).
-    texts = score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator)
-    base, beh, references = texts.base, texts.beh, texts.references
-    clock("rewards")
+    # 3. Rewards that need only the text: Eq. (3), the references y*, Eq. (6).
+    completions = lm.detokenize(completion_ids, completion_mask)  # B * M * G/2 strings
+    letters, acc, fmt = judge(questions, completions, extract)
+    acc, fmt = (x.to(lm.device).view(truncated.shape) for x in (acc, fmt))  # [B, M, G/2]
+    base = base_reward(acc, fmt, cfg.lam)  # [B, M, G/2]
+    references = pick_references(acc[:, TEXT] == 1, generator)  # [B, G/2]
+    rep, beh, rewards, advantages = (torch.zeros_like(base) for _ in range(4))  # [B, M, G/2]
+    if cfg.beta:
+        sentences = embedder.embed(completions).to(lm.device).unflatten(0, base.shape)  # [B, M, G/2, D]
+        beh = behavior_reward(sentences, reference_features(sentences, references))
+    clock.lap("rewards")
 
-    rep = torch.zeros_like(beh)  # [B, G/2]
-    rewards, advantages = base.clone(), torch.zeros_like(base)  # [B, 2, G/2]
-    old_logps = torch.zeros_like(loss_mask, dtype=torch.float32)  # [B, 2, G/2, C]
-    batches = micro_batches(prompts.mask, completion_mask, cfg.tokens_per_micro_batch)
+    layers = layer_weights(cfg.layers, len(lm.decoder.layers)).to(lm.device)  # [L]
+    old_logps = torch.zeros_like(weights)  # [B, M, G/2, C]
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
-        for micro_batch in batches:  # b questions
+        for batch in micro_batches(prompts, completion_mask, cfg.tokens_per_micro_batch):  # indices of b questions
             # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
-            longest = completion_mask[micro_batch].sum(-1).max()
-            part_of = lambda x: x[micro_batch, ..., :longest]  # [B, 2, G/2, C] -> [b, 2, G/2, longest]
-            ids, mask = part_of(completion_ids).flatten(0, 1), part_of(completion_mask).flatten(0, 1)
-            logps, states = lm.forward(prompts.rows(micro_batch), ids, mask, cfg.temperature, pool=cfg.alpha != 0)
-            clock("forward")
+            C = completion_mask[batch].sum(-1).max()
+            ids, mask, w = (x[batch, ..., :C] for x in (completion_ids, completion_mask, weights))  # [b, M, G/2, C]
+            logps, states = lm.forward([prompts[q] for q in batch], ids, mask, cfg.temperature, pool=cfg.alpha != 0)
+            clock.lap("forward")
             if update == 0:
-                # 5. Rewards: Eq. (5), and Eq. (2) for speech only. Written answers keep R_base.
+                # 5. Rewards: Eq. (5) and Eq. (2).
                 if cfg.alpha:
-                    states = states.unflatten(0, (-1, 2)).float()  # [b, 2, G/2, L, H]
-                    states = states[..., layer_slice(cfg.layers, states.shape[-2]), :]
-                    rep[micro_batch] = against_references(representation_reward, states, references[micro_batch])
-                rewards[micro_batch, 0] = total_reward(base[micro_batch, 0], rep[micro_batch], beh[micro_batch],
-                                                       cfg.alpha, cfg.beta)
+                    y_star = reference_features(states, references[batch])  # [b, M, G/2, L, H]
+                    rep[batch] = representation_reward(states, y_star, layers)
+                rewards[batch] = total_reward(base[batch], rep[batch], beh[batch], cfg.alpha, cfg.beta)
                 # 6. Advantages: Eq. (7).
-                advantages[micro_batch] = modality_advantages(rewards[micro_batch], cfg.joint_norm)
+                advantages[batch] = modality_advantages(rewards[batch], cfg.joint_norm)
                 # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
-                old_logps[micro_batch, ..., :longest] = logps.detach().view_as(part_of(old_logps))
-                clock("rewards")
+                old_logps[batch, ..., :C] = logps.detach()
+                clock.lap("rewards")
             # 7. Loss, normalised by the tokens of the whole step, and its gradient.
-            share = grpo_loss(logps.flatten(0, 1), part_of(old_logps).flatten(0, 2), advantages[micro_batch].flatten(),
-                              part_of(loss_mask).flatten(0, 2), cfg.eps_low, cfg.eps_high, n_tokens)
-            share.backward()
-            loss += share.item()
-            clock("backward")
-        # 8. Update LoRA's weights, unless a number ran away.
+            part = grpo_loss(logps, old_logps[batch, ..., :C], advantages[batch], mask, cfg.eps_low, cfg.eps_high, w)
+            part.backward()
+            loss += part.item()
+            clock.lap("backward")
+        # 8. Update, unless loss or gradient norm is not finite.
         loss = sum_gradients_over_ranks(parameters, loss)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-        clock("optimizer")
+        clock.lap("optimizer")
 
-    terms = {"acc": texts.acc, "fmt": texts.fmt, "reward": rewards, "advantage": advantages}
-    group = first_group(questions[0], texts.completions, terms, rep, beh, references)
-    metrics = step_means({"reward": rewards, "acc": texts.acc, "fmt": texts.fmt, "truncated": truncated,
-                          "unparsed": texts.unparsed, "length": completion_mask.sum(-1)}, rep, beh, references)
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite)}
-    metrics["tokens"] = sum_over_ranks(completion_mask.sum()).item()
-    return metrics | {f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}, group
+    terms = {"acc": acc, "fmt": fmt, "rep": rep, "beh": beh, "reward": rewards}  # each [B, M, G/2]
+    group = first_group(questions[0], completions, terms | {"base": base, "advantage": advantages}, references)
+    metrics = step_means(terms | {"truncated": truncated, "length": completion_mask.sum(-1)}, letters, references)
+    return metrics | {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite)} | clock.seconds, group
 
 
-class Texts(NamedTuple):
-    """What the answers of a step, as texts, are worth."""
-
-    completions: list  # B * 2 * G/2 strings, in row order
-    answers: list  # of each the option it settles on, "A".."D" or None
-    acc: torch.Tensor  # [B, 2, G/2], R_acc
-    fmt: torch.Tensor  # [B, 2, G/2], R_fmt
-    unparsed: torch.Tensor  # [B, 2, G/2], 1 where there is no option
-    base: torch.Tensor  # [B, 2, G/2], R_base of Eq. (3)
-    references: torch.Tensor  # [B, G/2], y*_text of each spoken answer, -1 where there is none
-    beh: torch.Tensor  # [B, G/2], R_beh of Eq. (6); 0 where its weight is 0, for plain GRPO pays for none of it
-
-
-def score_texts(lm, questions, completion_ids, completion_mask, embedder, extract, cfg, generator):
-    """All rewards that the completions [B, 2, G/2, C] earn as texts -> Texts."""
-    group = completion_ids.shape[:-1]  # B, 2, G/2
-    completions = lm.detokenize(completion_ids, completion_mask)  # B * 2 * G/2 strings
-    asked = [question for question in questions for _ in range(group[1] * group[2])]  # the question of each string
-    answers = extract(asked, completions)
-    as_group = lambda values: torch.tensor(values, dtype=torch.float32, device=lm.device).view(group)
-    acc = as_group([answer == LETTERS[question["answer_index"]] for answer, question in zip(answers, asked)])
-    fmt = as_group([format_reward(completion) for completion in completions])
-    references = pick_references(acc[:, 1] == 1, generator)  # [B, G/2]
-    beh = torch.zeros_like(acc[:, 0])  # [B, G/2]
-    if cfg.beta:
-        sentences = embedder.embed(completions).to(lm.device).view(*group, -1)  # [B, 2, G/2, D]
-        beh = against_references(behavior_reward, sentences, references)
-    unparsed = as_group([answer is None for answer in answers])
-    return Texts(completions, answers, acc, fmt, unparsed, base_reward(acc, fmt, cfg.lam), references, beh)
-
-
-def micro_batches(prompt_mask, completion_mask, budget):
-    """Pack a step's questions into paired forwards of at most `budget` tokens, padding included, the longest first.
-
-    prompt_mask: [B, 2, P], completion_mask: [B, 2, G/2, C]. Returns index tensors that hold each question once: groups
-    stay whole. A group that is longer than the budget goes alone. Longest first, a step that does not fit the memory
-    fails at once; and questions of a length go together, with little padding.
+def judge(questions, completions, extract):
+    """What answers choose and earn: letters (None where none is found), R_acc and R_fmt of Eq. (3).
+    B questions, B * n completions in the questions' order -> B * n letters, float [B, n], float [B, n].
     """
-    P, C = prompt_mask.sum(-1).amax(1).tolist(), completion_mask.sum(-1).amax((1, 2)).tolist()  # longest of each group
-    width = lambda batch: max(P[q] for q in batch) + completion_mask.shape[2] * max(C[q] for q in batch)
-    batches = []
-    for q in sorted(range(len(P)), key=lambda q: -width([q])):
-        if batches and 2 * (len(batches[-1]) + 1) * width([*batches[-1], q]) <= budget:
-            batches[-1].append(q)
+    n = len(completions) // len(questions)
+    asked = [question for question in questions for _ in range(n)]  # the question of each completion
+    letters = extract(asked, completions)
+    acc = [letter == LETTERS[question["answer_index"]] for letter, question in zip(letters, asked)]
+    fmt = [format_reward(completion) for completion in completions]
+    return letters, torch.tensor(acc).float().view(-1, n), torch.tensor(fmt).view(-1, n)
+
+
+def layer_weights(layers, L):
+    """Weights [L] of Eq. (5), summing to 1: `all`, or a range from 1 on such as 11-20. Raises UserError for another."""
+    match = re.fullmatch(r"(\d+)-(\d+)", f"1-{L}" if layers == "all" else layers)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= L:
+        raise UserError(f"--layers {layers}: give `all` or a range within 1-{L}, such as 1-{L}")
+    chosen = torch.zeros(L)
+    chosen[int(match[1]) - 1 : int(match[2])] = 1
+    return chosen / chosen.sum()
+
+
+def micro_batches(prompts, completion_mask, budget):
+    """Pack a step's questions into forward passes of at most `budget` tokens, padding included: lists of indices.
+    prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C]. A group is never split, because Eq. (5)
+    compares its answers and Eq. (7) takes their mean; a group longer than the budget goes alone. The longest come
+    first: a step too large for memory fails at once, and similar lengths share a batch.
+    """
+    M, samples = completion_mask.shape[1:3]
+    P = [max(map(len, question)) for question in prompts]  # longest prompt of each question
+    C = completion_mask.sum(-1).amax((1, 2)).tolist()  # longest answer of each question
+    batches = [[]]
+    for q in sorted(range(len(prompts)), key=lambda q: P[q] + samples * C[q], reverse=True):
+        batch = [*batches[-1], q]
+        row = max(P[q] for q in batch) + samples * max(C[q] for q in batch)  # tokens of one prompt and its answers
+        if len(batch) == 1 or len(batch) * M * row <= budget:
+            batches[-1] = batch
         else:
             batches.append([q])
-    return [torch.tensor(batch, device=prompt_mask.device) for batch in batches]
+    return batches
 
 
-def layer_slice(layers, count):
-    """`all` or a range such as 11-20, counted from 1 -> slice. Raises UserError if the model has no such layers."""
-    if layers == "all":
-        return slice(0, count)
-    match = re.fullmatch(r"(\d+)-(\d+)", layers)
-    if not match or not 1 <= int(match[1]) <= int(match[2]) <= count:
-        raise UserError(f"--layers {layers}: give `all` or a range within 1-{count}, such as 1-{count}")
-    return slice(int(match[1]) - 1, int(match[2]))
-
-
-# ======================================================================================================================
-# 4. SpeechLM: encoder -> projector -> LLM
-# ======================================================================================================================
+# ==== 4. SpeechLM: encoder -> projector -> LLM ========================================================================
 class SpeechLM:
-    """A speech LLM in three stages. Everything after `embed` is the same for every model family."""
+    """A speech LLM that embeds prompts, samples answers and scores them, in the same way for every model family."""
 
     def __init__(self, family, model, tokenizer, feature_extractor):
         self.family, self.tokenizer, self.feature_extractor = family, tokenizer, feature_extractor
@@ -411,162 +380,111 @@ class SpeechLM:
 
     @classmethod
     def from_pretrained(cls, path):
-        """A checkpoint directory or hub name -> SpeechLM; bfloat16 on a GPU, float32 on the CPU.
-
-        Raises UserError if there is no checkpoint at `path`, a part of it is missing or its family is unknown.
-        """
+        """A model directory or hub name -> SpeechLM. Raises UserError if a part is missing or its family is unknown."""
         try:
             family = family_of(path)
-            model = family.load(path, revision=family.revision, dtype=precision(), attn_implementation="sdpa")
+            model = family.load(path, revision=family.revision, dtype=DTYPE, attn_implementation="sdpa")
             tokenizer = AutoTokenizer.from_pretrained(path, revision=family.revision)
             feature_extractor = family.feature_extractor_class.from_pretrained(path, revision=family.revision)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is no usable checkpoint, here or on the hub: {reason}") from error
+            raise UserError(f"{path} is no usable model, here or on the hub: {str(error).splitlines()[0]}") from error
         return cls(family, to_device(model, family), tokenizer, feature_extractor)
-
-    def part(self, name):
-        """Which part of the speech LLM the parameter `name` belongs to."""
-        modules = name.split(".")
-        if self.family.vision_part in modules:
-            return "vision (unused, kept on the CPU)"
-        if self.family.audio_part in modules:
-            return "audio encoder and projector"
-        return "lm_head" if "lm_head" in modules else "LLM"
 
     @torch.no_grad()
     def embed(self, questions):
-        """Both prompts of every question -> Prompts [B, 2, P, H]; encoder and projector run here and nowhere else."""
-        return self.prompts([[self.spoken_turn(question), self.embed_text(written_question(question))]
-                             for question in questions])
+        """The prompts of B questions, spoken and written: B lists of M prompts [P, H], each of its own length."""
+        return [[self.prompt(self.spoken_turn(question)), self.prompt(self.embed_text(written_question(question)))]
+                for question in questions]
+
+    def prompt(self, user_turn):
+        """User turn [tokens, H] -> [P, H], with the family's template around it."""
+        return torch.cat([self.embed_text(self.family.before_user, special=True), user_turn,
+                          self.embed_text(self.family.after_user, special=True)])
 
     def spoken_turn(self, question):
-        """What the user says, [tokens, H]: the clip alone."""
-        clip = read_clip(question["audio"]["bytes"], question["key"])  # [T]
+        """The user turn of a spoken question, the clip alone -> [tokens, H]. Encoder and projector run only here."""
+        clip = read_clip(question["audio"]["bytes"], question["key"])  # [samples]
         return torch.cat([self.embed_text(self.family.before_audio, special=True),
                           self.family.encode(self.model, self.feature_extractor, clip),
                           self.embed_text(self.family.after_audio, special=True)])
 
     def embed_text(self, text, special=False):
-        """Text -> [tokens, H]. Control tokens are only read as such in our own template (`special`)."""
+        """Text -> [tokens, H]. Control tokens are parsed only with `special`; in a question they stay plain text."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
         return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
 
-    def prompts(self, user_turns):
-        """User turns [tokens, H], a list of B lists of M -> Prompts [B, M, P, H] around them, padded on the left."""
-        before = self.embed_text(self.family.before_user, special=True)
-        after = self.embed_text(self.family.after_user, special=True)
-        rows = [torch.cat([before, turn, after]) for turns in user_turns for turn in turns]  # B*M of [P, H]
-        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # [B*M, P, H]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        from_end = embeds.shape[1] - torch.arange(embeds.shape[1], device=self.device)  # [P]: P, ..., 2, 1
-        mask = (from_end <= lengths[:, None]).long()  # [B*M, P]
-        return Prompts(embeds.unflatten(0, (len(user_turns), -1)), mask.unflatten(0, (len(user_turns), -1)))
-
     def logits(self, hidden, temperature):
-        """Last hidden states [N, H] -> logits [N, V] of the very distribution that roll-outs are drawn from."""
+        """Last hidden states [N, H] -> logits [N, V] as roll-out samples from them: divided by temperature."""
         logits = self.model.lm_head(hidden).float()
-        logits[:, self.placeholder_ids] = -torch.inf
+        logits[:, self.placeholder_ids] = -torch.inf  # a sampled <|AUDIO|> would stand for a clip
         return logits / (temperature or 1.0)  # temperature 0 is greedy: the argmax needs no scaling
 
+    def run_decoder(self, embeds, mask, position_ids, **options):
+        """The LLM on [N, T, H]; mask [N, T], or [N, 1, T, cached + T]: query x key."""
+        return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids,
+                            use_cache="past_key_values" in options, **options)
+
     @torch.no_grad()
-    def rollout(self, prompts, repeats, max_new_tokens, temperature, generator=None):
-        """Sample `repeats` completions of each prompt; greedily if `temperature` is 0.
-
-        prompts: [B, M, P, H], M is 2 in training. Returns completion_ids and completion_mask [B, M, repeats, C] (the
-        mask runs through the first end-of-turn, inclusive, so that ending a turn is learnt too) and truncated
-        [B, M, repeats]. As in `forward`, the samples of a prompt share its row: each step reads `repeats` tokens side
-        by side, and the cache holds a prompt once. A row whose samples have all ended leaves the batch.
+    def rollout(self, prompts, samples, max_new_tokens, temperature, generator=None):
+        """Sample completions of each prompt, greedily if `temperature` is 0. prompts: B lists of M prompts [P, H].
+        Returns completion_ids and completion_mask [B, M, samples, C] and truncated [B, M, samples]. The mask runs
+        through the first end-of-turn, inclusive, so that ending a turn is learnt too. The samples of a prompt are one
+        row: a step appends `samples` tokens, the cache holds the prompt once. A row leaves when all have ended.
         """
-        embeds, mask = prompts.rows()  # [N, P, H], [N, P] with N = B * M
+        embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [N, P, H], [N, P]
         cache = DynamicCache(config=self.decoder.config)
-        hidden = self._run_decoder(embeds, mask, positions(mask), cache)  # [N, P, H]
-        hidden = hidden[:, -1:].expand(-1, repeats, -1)  # [N, repeats, H]
-        ids = torch.full((len(mask), repeats, max_new_tokens), self.pad_id, device=self.device)  # [N, repeats, C]
-        alive = torch.zeros_like(ids, dtype=torch.bool)  # [N, repeats, C]
-        finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, repeats]
-        row = torch.arange(len(mask), device=self.device)  # [n], the rows still in the batch
-        sees = mask.bool()[:, None].expand(-1, repeats, -1)  # [n, repeats, P and the tokens since]
-        itself = torch.eye(repeats, dtype=torch.bool, device=self.device)
+        output = self.run_decoder(embeds, prompt_mask, positions(prompt_mask), past_key_values=cache)
+        hidden = output.last_hidden_state[:, -1:].expand(-1, samples, -1)  # [N, samples, H]
+        ids = torch.full((len(embeds), samples, max_new_tokens), self.pad_id, device=self.device)  # [N, samples, C]
+        mask = torch.zeros_like(ids)  # [N, samples, C]
+        finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, samples]
+        row = torch.arange(len(embeds), device=self.device)  # [n], the rows still in the batch
+        sees = prompt_mask.bool()[:, None].expand(-1, samples, -1)  # [n, samples, P and the tokens since]
         for t in range(max_new_tokens):
-            logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * repeats, V]
+            logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * samples, V]
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator) if temperature else logits.argmax(-1)
-            token = token.view(-1, repeats)  # [n, repeats]
-            alive[row, :, t] = ~finished[row]
-            ids[row, :, t] = token.masked_fill(finished[row], self.pad_id)
+            token = token.view(-1, samples).masked_fill(finished[row], self.pad_id)  # [n, samples]
+            ids[row, :, t], mask[row, :, t] = token, (~finished[row]).long()
             finished[row] |= torch.isin(token, self.eos_ids)
-            going = ~finished[row].all(-1)  # [n]
-            if not going.any():
+            unfinished = ~finished[row].all(-1)  # [n]
+            if not unfinished.any():
                 break
-            if not going.all():
-                row, sees = row[going], sees[going]
-                cache.batch_select_indices(going)
-            sees = torch.cat([sees, itself.expand(len(row), -1, -1)], dim=-1)
-            position_ids = (mask[row].sum(-1, keepdim=True) + t).expand(-1, repeats)  # [n, repeats]
-            hidden = self._run_decoder(self.embed_tokens(ids[row, :, t]), sees[:, None], position_ids, cache)
-        shape = lambda x: x.view(*prompts.mask.shape[:2], *x.shape[1:])  # rows: question, modality, sample
-        return shape(ids[..., : t + 1]), shape(alive[..., : t + 1].long()), shape(~finished)
-
-    def _run_decoder(self, embeds, mask, position_ids, cache=None):
-        """Run the LLM on [N, T, H]; `mask` is [N, T], or [N, 1, T, cached + T]: who sees whom."""
-        return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
-                            use_cache=cache is not None).last_hidden_state
+            if not unfinished.all():
+                row, sees = row[unfinished], sees[unfinished]
+                cache.batch_select_indices(unfinished)
+            sees = torch.cat([sees, torch.eye(samples, device=self.device).bool().expand(len(row), -1, -1)], dim=-1)
+            position_ids = (prompt_mask[row].sum(-1, keepdim=True) + t).expand(-1, samples)  # [n, samples]
+            embeds = self.embed_tokens(ids[row, :, t])  # [n, samples, H]
+            hidden = self.run_decoder(embeds, sees[:, None], position_ids, past_key_values=cache).last_hidden_state
+        return [x.unflatten(0, (len(prompts), -1)) for x in (ids[..., : t + 1], mask[..., : t + 1], ~finished)]
 
     def forward(self, prompts, completion_ids, completion_mask, temperature, pool=True):
         """The paired forward: log-probs and pooled hidden states of given completions, in one pass.
-
-        prompts: [N, P, H], completion_ids and completion_mask: [N, G/2, C]. Returns per_token_logps [N, G/2, C] with
-        gradient and, detached, Eq. (4) for every layer [N, G/2, L, H] (None without `pool`). Neither all layers of all
-        tokens nor logits of all tokens ever exist. The completions of a prompt share its row, so that the prompt is
-        read once for them all:
-
-            row          prompt          | answer 1        | answer 2        | ...
-            positions    0 1 2 ... p-1   | p p+1 p+2 ...   | p p+1 p+2 ...   | ...
-            sees         prompt so far   | prompt, itself  | prompt, itself  | ...   never a sibling
+        prompts: b lists of M prompts [P, H], completion_ids and completion_mask [b, M, G/2, C] -> per_token_logps
+        [b, M, G/2, C] with gradient, and Eq. (4) of every layer [b, M, G/2, L, H], detached (None without `pool`).
         """
-        (N, half, C), P = completion_ids.shape, prompts.mask.shape[1]
-        embeds = torch.cat([prompts.embeds, self.embed_tokens(completion_ids.flatten(1))], dim=1)  # [N, T, H]
-        present = torch.cat([prompts.mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T] with T = P + G/2 * C
-        step = torch.arange(C, device=self.device)
-        answer_positions = (prompts.mask.sum(-1, keepdim=True) + step).repeat(1, half)  # [N, G/2 * C]
-        position_ids = torch.cat([positions(prompts.mask), answer_positions], dim=1)  # [N, T]
-        part = torch.cat([step.new_full((P,), -1), torch.arange(half, device=self.device).repeat_interleave(C)])  # [T]
-        sees = ((part == -1) | (part[:, None] == part)).tril()  # [T, T], query x key
-        # A padded position sees itself: softmax over nothing would be NaN.
-        itself = torch.eye(len(part), dtype=torch.bool, device=self.device)  # [T, T]
-        mask = (sees & present[:, None, None, :]) | itself  # [N, 1, T, T]
-        with self._pooling(P, completion_mask) if pool else nullcontext() as pooled:
-            hidden = self._run_decoder(embeds, mask, position_ids)  # [N, T, H]
-        answers = hidden[:, P:].unflatten(1, (half, C))  # [N, G/2, C, H]
-        # The state before a token predicts it; before an answer's first token stands the prompt's last.
-        first = hidden[:, None, P - 1 : P].expand(-1, half, -1, -1)  # [N, G/2, 1, H]
-        predicts = torch.cat([first, answers[:, :, :-1]], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
-        logps = [recompute(self._token_logps, h, ids, temperature, use_reentrant=False)
-                 for h, ids in zip(predicts.split(1024), completion_ids.flatten().split(1024))]
-        return torch.cat(logps).view(N, half, C), torch.stack(pooled, dim=2) if pool else None
+        embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [N, P, H], [N, P]
+        ids, mask = completion_ids.flatten(0, 1), completion_mask.flatten(0, 1)  # [N, G/2, C] with N = b * M
+        P, (samples, C) = embeds.shape[1], ids.shape[1:]
+        embeds = torch.cat([embeds, self.embed_tokens(ids.flatten(1))], dim=1)  # [N, T, H] with T = P + G/2 * C
+        output = self.run_decoder(embeds, *shared_prompt_row(prompt_mask, mask), output_hidden_states=pool)
+        hidden = output.last_hidden_state  # [N, T, H]
+        # The state at position t-1 predicts token t; for an answer's first token that is the prompt's last position.
+        first = hidden[:, None, P - 1 : P].expand(-1, samples, -1, -1)  # [N, G/2, 1, H]
+        rest = hidden[:, P:].unflatten(1, (samples, C))[:, :, :-1]  # [N, G/2, C - 1, H]
+        predicts = torch.cat([first, rest], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
+        # Logits are made for 1,024 tokens at a time, and once more in backward: those of all tokens never exist.
+        logps = [recompute(self._token_logps, h, tokens, temperature, use_reentrant=False)
+                 for h, tokens in zip(predicts.split(1024), ids.flatten().split(1024))]
+        logps = torch.cat(logps).view(completion_ids.shape)  # [b, M, G/2, C]
+        if not pool:
+            return logps, None
+        layers = output.hidden_states[1:]  # L of [N, T, H]; entry 0 is the embedding, the last is after the final norm
+        pooled = [pool_hidden_states(layer[:, P:].detach().unflatten(1, (samples, C)), mask) for layer in layers]
+        return logps, torch.stack(pooled, dim=2).float().unflatten(0, completion_ids.shape[:2])
 
     def _token_logps(self, hidden, ids, temperature):
         return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
-
-    @contextmanager
-    def _pooling(self, P, completion_mask):
-        """While open, Eq. (4) is applied to each layer's output the moment it appears: a list of L tensors [N, G/2, H].
-
-        It closes before backward, where gradient checkpointing runs every layer again. The last layer is read after
-        the final norm, so that the list is what transformers calls hidden_states[1:].
-        """
-        pooled = []
-
-        def keep(module, inputs, hidden):  # hidden: [N, P + G/2 * C, H]
-            answers = hidden[:, P:].detach().unflatten(1, completion_mask.shape[1:])  # [N, G/2, C, H]
-            pooled.append(pool_hidden_states(answers, completion_mask))
-
-        hooks = [m.register_forward_hook(keep) for m in (*self.decoder.layers[:-1], self.decoder.norm)]
-        try:
-            yield pooled
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def recompute_layers(self):
         """Gradient checkpointing: keep only each layer's input, and run the layer once more in backward."""
@@ -579,29 +497,46 @@ class SpeechLM:
         return self.tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 
-class Prompts(NamedTuple):
-    """Left-padded prompt embeddings and their mask; any leading shape, [B, 2] in training."""
-
-    embeds: torch.Tensor  # [..., P, H]
-    mask: torch.Tensor  # [..., P], 1 where there is a token
-
-    def rows(self, index=slice(None)):
-        """The prompts of some questions, one row each: [len(index) * 2, P, H], P no longer than they need."""
-        embeds, mask = self.embeds[index].flatten(0, 1), self.mask[index].flatten(0, 1)
-        P = mask.sum(-1).max()
-        return Prompts(embeds[:, -P:], mask[:, -P:])
+def pad_left(rows):
+    """N sequences [P, H] of any lengths -> embeddings [N, P, H] and mask [N, P], padded on the left."""
+    masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
+    return [nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side="left") for x in (rows, masks)]
 
 
 def positions(mask):
-    """Position ids [N, P] of left-padded rows: a padded row starts at 0 like any other."""
+    """Mask [N, P] -> position ids [N, P]: a row padded on the left starts at 0 like any other."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-# ======================================================================================================================
-# 5. LoRA, on every linear layer of the LLM and nowhere else
-# ======================================================================================================================
+def shared_prompt_row(prompt_mask, completion_mask):
+    """A prompt and all its answers as one row: who sees whom [N, 1, T, T] (query x key), and position ids [N, T].
+    prompt_mask [N, P], completion_mask [N, G/2, C]. The prompt is computed once, and no answer sees a sibling. With a
+    prompt of 2 tokens p and 2 answers of 2 tokens, a and b:
+
+        query\\key  p p a a b b     position
+        p          1 . . . . .        0
+        p          1 1 . . . .        1
+        a          1 1 1 . . .        2
+        a          1 1 1 1 . .        3
+        b          1 1 . . 1 .        2
+        b          1 1 . . 1 1        3
+    """
+    (_, samples, C), P = completion_mask.shape, prompt_mask.shape[1]
+    step = torch.arange(C, device=prompt_mask.device)
+    of_answers = (prompt_mask.sum(-1, keepdim=True) + step).repeat(1, samples)  # [N, G/2 * C]
+    position_ids = torch.cat([positions(prompt_mask), of_answers], dim=1)  # [N, T] with T = P + G/2 * C
+    owner = torch.cat([step.new_full((P,), -1), torch.arange(samples, device=step.device).repeat_interleave(C)])  # [T]
+    sees = ((owner == -1) | (owner[:, None] == owner)).tril()  # [T, T]
+    present = torch.cat([prompt_mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T]
+    itself = torch.eye(len(owner), dtype=torch.bool, device=step.device)  # of a padded position, or softmax gives NaN
+    return (sees & present[:, None, None, :]) | itself, position_ids
+
+
+# ==== 5. LoRA, on every linear layer of the LLM and nowhere else ======================================================
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at zero: at first y = W x."""
+
+    enabled = True
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -612,59 +547,57 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x [..., in] -> [..., out]."""
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)
-        return self.linear(x) + update.to(x.dtype)  # A and B are float32 also beside bfloat16 weights
+        if not LoRALinear.enabled:
+            return self.linear(x)
+        delta = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)
+        return self.linear(x) + delta.to(x.dtype)  # A and B are float32 also beside bfloat16 weights
+
+
+@contextmanager
+def without_lora():
+    """Within this context every LoRALinear is its frozen layer: the base model, without loading it twice."""
+    LoRALinear.enabled = False
+    try:
+        yield
+    finally:
+        LoRALinear.enabled = True
 
 
 def attach_lora(lm, rank, alpha):
     """Wrap every linear layer of the LLM. Returns the trainable parameters.
-
     Only under `layers`: Phi's decoder also holds the audio encoder, and Qwen's audio encoder has a q_proj too.
     """
     for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, LoRALinear(child, rank, alpha))
-    return [p for p in lm.decoder.parameters() if p.requires_grad]
+    return [p for p in lm.model.parameters() if p.requires_grad]
 
 
-def lora_layers(lm):
-    """{module name in the model: LoRALinear}"""
-    return {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
-
-
-# ======================================================================================================================
-# 6. Evaluate and train
-# ======================================================================================================================
-def eval_batches(questions, cfg, desc, start=0):
-    """Lists of cfg.eval_batch questions from question `start` on, under a progress bar called `desc`."""
-    for first in tqdm(range(start, len(questions), cfg.eval_batch), desc=desc, unit="batch", leave=False,
-                      disable=RANK > 0):
-        yield [questions[i] for i in range(first, min(first + cfg.eval_batch, len(questions)))]
+# ==== 6. Evaluate and train ===========================================================================================
+def question_batches(questions, size, desc, start=0):
+    """Lists of `size` questions from question `start` on, under a progress bar called `desc`."""
+    for first in tqdm(range(start, len(questions), size), desc=desc, unit="batch", leave=False, disable=RANK > 0):
+        yield [questions[i] for i in range(first, min(first + size, len(questions)))]
 
 
 def answer_greedily(lm, questions, extract, cfg, start=0):
-    """Yield batches of records, one a question and modality: key, modality, completion, answer, right.
-
-    Begins at question `start`. An output in which no option is found has the answer None and counts as wrong.
-    """
-    for batch in eval_batches(questions, cfg, "evaluate", start):
-        ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, 2, 1, C]
-        completions = lm.detokenize(ids, mask)  # b * 2 strings
-        asked = [(question, modality) for question in batch for modality in MODALITIES]
-        answers = extract([question for question, _ in asked], completions)
-        yield [{"key": question["key"], "modality": modality, "completion": completion, "answer": answer,
-                "right": answer == LETTERS[question["answer_index"]]}
-               for (question, modality), completion, answer in zip(asked, completions, answers)]
+    """Yield batches of records, one a question and modality; `answer` is None, and wrong, where no option is found."""
+    for batch in question_batches(questions, cfg.eval_batch, "evaluate", start):
+        ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, M, 1, C]
+        completions = lm.detokenize(ids, mask)  # b * M strings
+        letters, acc, _ = judge(batch, completions, extract)
+        rows = [(question["key"], modality) for question in batch for modality in MODALITIES]
+        yield [{"key": key, "modality": modality, "completion": text, "answer": letter, "right": right == 1}
+               for (key, modality), text, letter, right in zip(rows, completions, letters, acc.flatten().tolist())]
 
 
 def evaluate(lm, questions, extract, cfg):
     """Accuracy of greedy answers to every question, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
-    share = questions.select(range(RANK, len(questions), RANKS))
-    records = [record for batch in answer_greedily(lm, share, extract, cfg) for record in batch]
-    right = [sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES]
-    right = sum_over_ranks(torch.tensor(right, device=lm.device)).tolist()
-    return {m: count / len(questions) for m, count in zip(MODALITIES, right)}
+    mine = questions.select(range(RANK, len(questions), RANKS))
+    records = [record for batch in answer_greedily(lm, mine, extract, cfg) for record in batch]
+    right = torch.tensor([sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES], device=lm.device)
+    return {m: count / len(questions) for m, count in zip(MODALITIES, sum_over_ranks(right).tolist())}
 
 
 def learning_rate(step, steps, cfg):
@@ -674,91 +607,74 @@ def learning_rate(step, steps, cfg):
 
 
 def data_order(count, cfg):
-    """Batches of question indices: every epoch a new seeded permutation, no question left out."""
+    """Question indices of all steps in one list, and the number of steps. Each epoch is a new seeded permutation."""
     generator = torch.Generator().manual_seed(cfg.seed)
     steps = cfg.steps or max(1, cfg.epochs * count // cfg.questions_per_step)
-    order = torch.empty(0, dtype=torch.long)
-    while len(order) < steps * cfg.questions_per_step:
-        order = torch.cat([order, torch.randperm(count, generator=generator)])
-    return order.tolist(), steps
+    epochs = math.ceil(steps * cfg.questions_per_step / count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)]).tolist(), steps
 
 
 def make_trainable(lm, cfg):
-    """Attach LoRA to a base model and say what is trained. Returns the optimizer and the roll-outs' generator."""
+    """Attach LoRA to a base model. Returns the optimizer of what is trained, and the generator of the roll-outs."""
     torch.manual_seed(cfg.seed)
-    parameters = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
+    trained = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
     if cfg.gradient_checkpointing:
         lm.recompute_layers()
-    print(parameter_table(lm))
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    sizes = [sum(p.numel() for p in some) for some in (lm.model.parameters(), trained)]
+    print("{:,} parameters, {:,} of them trained".format(*sizes))
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed + 1_000_003 * RANK)
 
 
 def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
-    """Train LoRA and write adapter, log.jsonl and samples.jsonl to cfg.out. Returns the last evaluation.
-
-    Goes on from the checkpoint `last` if it is not None. Ctrl-C and SIGTERM save a checkpoint before they end the run.
-    Raises UserError after ten steps in a row without a finite loss and gradient.
-    """
+    """Train from the checkpoint `last`, if any; write adapter and logs to cfg.out. Returns the last evaluation."""
     out, B = Path(cfg.out), cfg.questions_per_step
     optimizer, generator = make_trainable(lm, cfg)
     order, steps = data_order(len(questions), cfg)
     done = load_checkpoint(last, optimizer, generator) if last else 0
-    files = [cut_log(out / name, done) if RANK == 0 else Path(os.devnull) for name in ("log.jsonl", "samples.jsonl")]
-    signals, skipped = [], 0
-
-    def remember(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the end of the step
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
-    with open(files[0], "a") as log, open(files[1], "a") as samples:
-        bar = tqdm(range(done + 1, steps + 1), desc="TARS", unit="step", initial=done, total=steps, disable=RANK > 0)
-        for step in bar:
-            start = time.perf_counter()
-            batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
-            metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
-            seconds = time.perf_counter() - start
-            metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds,
-                        "peak_gib": peak_memory(lm.device), "stop": float(bool(signals))}
-            metrics = mean_over_ranks(metrics)
-            stop = metrics.pop("stop") > 0
-            metrics = {"step": step, **metrics, "lr": lr}
-            if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
-                accuracy = evaluate(lm, eval_questions, extract, cfg)
-                metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
-            print(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}), file=log, flush=True)
-            bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
-                                           for m in MODALITIES))
-            if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
-                print(json.dumps({"step": step, **group}), file=samples, flush=True)
-                tqdm.write(side_by_side(step, group))
-            if step < steps and (stop or step % cfg.save_every == 0):
-                save_checkpoint(optimizer, generator, step, before, cfg)
-            if step < steps and stop:
-                raise Stopped(f"stopped after step {step} of {steps}: the same command with --resume goes on there")
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped == 10:
-                raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
-                                f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+    log, samples = (open_log(out / name, done) for name in ("log.jsonl", "samples.jsonl"))
+    signals, skipped = remember_signals(), 0
+    bar = tqdm(range(done + 1, steps + 1), desc="TARS", unit="step", initial=done, total=steps, disable=RANK > 0)
+    for step in bar:
+        start = time.perf_counter()
+        batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
+        metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
+        seconds = time.perf_counter() - start
+        metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds, "lr": lr,
+                    "peak_gib": peak_memory(lm.device), "stop": len(signals)}
+        metrics = {"step": step} | mean_over_ranks(metrics)
+        stop = metrics.pop("stop") > 0 and step < steps
+        if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
+            accuracy = evaluate(lm, eval_questions, extract, cfg)
+            metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
+        write_line(log, metrics)
+        bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
+                                       for m in MODALITIES))
+        if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
+            write_line(samples, {"step": step, **group})
+            tqdm.write(show_group(step, group))
+        if stop or (step < steps and step % cfg.save_every == 0):
+            save_checkpoint(optimizer, generator, step, before, cfg)
+        if stop:
+            raise KeyboardInterrupt(f"stopped after step {step} of {steps}: the same command with --resume continues")
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        if skipped == 10:
+            raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
+                            f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
     if RANK == 0:
         save_adapter(lm, out, cfg)
-        print(cost_table([json.loads(line) for line in files[0].read_text().splitlines()]))
     return accuracy
 
 
 # ======================================================================================================================
-# The paper ends here. Below stands what a run needs.
+# The paper ends here. What follows is what a run needs.
 # ======================================================================================================================
 
 
-# ======================================================================================================================
-# 7. Questions
-# ======================================================================================================================
+# ==== 7. Questions ====================================================================================================
 class UserError(Exception):
-    """Something the user can mend. main() prints it as one line and exits with code 2."""
+    """Something the user can mend. run() prints it as one line and exits with code 2."""
 
 
 SAMPLE_RATE = 16_000
@@ -772,11 +688,7 @@ SYSTEM_PROMPT = (
 
 
 def load_questions(path):
-    """Questions written by data_prep.py: a `datasets` directory with at least COLUMNS, audio left as encoded bytes.
-
-    Raises UserError if the directory is missing, is no data set, is empty, lacks a column or has a question without
-    four options and an answer among them.
-    """
+    """The `datasets` directory that data_prep.py wrote, audio left as encoded bytes. Raises UserError if it is none."""
     try:
         questions = datasets.load_from_disk(path)
     except (OSError, ValueError, IndexError) as error:  # the last: `datasets` cannot read back an empty one
@@ -785,8 +697,8 @@ def load_questions(path):
         raise UserError(f"{path} holds several data sets: give one of its parts, {', '.join(questions)}")
     if missing := COLUMNS - set(questions.column_names):
         raise UserError(f"{path} lacks the column(s) {', '.join(sorted(missing))}: write it anew with data_prep.py")
-    columns = (questions[column] for column in ("key", "question", "options", "answer_index"))
-    for key, question, options, answer_index in zip(*columns):
+    columns = ("key", "question", "options", "answer_index")
+    for key, question, options, answer_index in zip(*(questions[column] for column in columns)):
         if not (question and question.strip() and options and len(options) == 4 and all(options)):
             raise UserError(f"{path}: {key} is no question with four options: leave it out, as data_prep.py does")
         if answer_index not in range(4):
@@ -795,13 +707,13 @@ def load_questions(path):
 
 
 def written_question(question):
-    """The user turn of a text prompt. The spoken question's user turn is the clip alone."""
+    """The user turn of a written question. That of a spoken question is the clip alone."""
     options = "\n".join(f"Option {letter}: {option}" for letter, option in zip(LETTERS, question["options"]))
     return f"{question['question']}\n\n{options}"
 
 
 class ClipError(UserError):
-    """A clip that no model can hear. `reason` is the short form, by which data_prep.py counts."""
+    """A clip that cannot be used. data_prep.py counts left-out rows by `reason`."""
 
     def __init__(self, key, reason, advice=""):
         super().__init__(f"{key} has {reason}{advice}")
@@ -809,11 +721,8 @@ class ClipError(UserError):
 
 
 def read_clip(data, key="clip"):
-    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1.
-
-    PCM WAV is read by the standard library. Anything else goes to torchaudio, which wants torchcodec and FFmpeg.
-    Raises ClipError naming the question's key if the clip cannot be decoded, holds NaN, or lasts less than 0.1 s or
-    more than 300 s, which is all that the encoders take.
+    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1. All but PCM WAV needs torchcodec, FFmpeg.
+    Raises ClipError if it cannot be decoded, has NaN, or lasts less than 0.1 s or more than 300 s, the encoders' limit.
     """
     try:
         with wave.open(io.BytesIO(data)) as clip:
@@ -841,36 +750,27 @@ def read_clip(data, key="clip"):
     return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
 
 
-def wav_bytes(waveform):
-    """Waveform [T] in -1..1, 16 kHz -> 16-bit mono WAV file as bytes."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as clip:
-        clip.setnchannels(1), clip.setsampwidth(2), clip.setframerate(SAMPLE_RATE)
-        clip.writeframes((np.asarray(waveform) * 32767).astype("<i2").tobytes())
-    return buffer.getvalue()
-
-
-# ======================================================================================================================
-# 8. Model families
-# ======================================================================================================================
+# ==== 8. Model families ===============================================================================================
 class Qwen25Omni:
-    """Front end of Qwen2.5-Omni: all that differs between model families.
+    """Qwen2.5-Omni. A new family needs such a class, listed in FAMILIES below:
 
-    A new family needs one such class: its `repository` on the hub and the `revision` to take, its `model_types` in
-    config.json, its model and feature extractor classes (`model_class` with get_decoder(), get_input_embeddings() and
-    lm_head) with the settings that --random-weights gives them, the names of the audio and the vision part among the
-    model's modules, the pieces of text around the user's turn and around a clip, the tokens that end a turn (the last
-    one also pads), `load`, `placeholders` (ids that stand for audio or images in a prompt, never to be sampled) and
-    `encode`, from a waveform to the projector's output.
+    repository, revision      place on the hub and branch to load
+    model_types               names in config.json
+    model_class               with get_decoder(), get_input_embeddings() and lm_head
+    feature_extractor_class   from a waveform to what `encode` gives to the encoder
+    vision_part               module that stays on the CPU, since no question has a picture
+    before_..., after_...     template around the user turn and around a clip
+    end_of_turn               tokens that end an answer; the last one also pads
+    load                      from a path to the model
+    placeholders              ids that stand for audio or pictures in a prompt, never to be sampled
+    encode                    from a waveform to the projector's output
     """
 
     repository, revision = "Qwen/Qwen2.5-Omni-7B", "main"
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
     model_class = Qwen2_5OmniThinkerForConditionalGeneration
     feature_extractor_class = WhisperFeatureExtractor
-    feature_extractor_defaults = {"feature_size": 128, "chunk_length": 300}
-    config_defaults = {"vision_config": {"hidden_size": 1280}}  # where transformers' default is not the repository's
-    audio_part, vision_part = "audio_tower", "visual"
+    vision_part = "visual"
     before_user = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
     after_user = "<|im_end|>\n<|im_start|>assistant\n"
     before_audio, after_audio = "<|audio_bos|>", "<|audio_eos|>"
@@ -893,25 +793,24 @@ class Qwen25Omni:
 
 
 class Phi4Multimodal:
-    """Front end of Phi-4-multimodal. The hub's main branch is remote code; transformers' own class reads refs/pr/70."""
+    """Phi-4-multimodal. The hub's main branch is remote code; transformers' own class loads refs/pr/70."""
 
     repository, revision = "microsoft/Phi-4-multimodal-instruct", "refs/pr/70"
     model_types = ("phi4_multimodal", "phi4mm")  # the latter on the main branch
     model_class = Phi4MultimodalForCausalLM
-    feature_extractor_class, feature_extractor_defaults = Phi4MultimodalFeatureExtractor, {}
-    config_defaults = {"tie_word_embeddings": True, "num_attention_heads": 24}
-    audio_part, vision_part = "audio_embed", "image_embed"
+    feature_extractor_class = Phi4MultimodalFeatureExtractor
+    vision_part = "image_embed"
     before_user, after_user = f"<|system|>{SYSTEM_PROMPT}<|end|><|user|>", "<|end|><|assistant|>"
     before_audio = after_audio = ""
     end_of_turn = ("<|end|>", "<|endoftext|>")
 
     @staticmethod
     def load(path, revision, **options):
-        """The model with its own speech-lora merged: W += (alpha / r) B A. Without it, it hears badly."""
+        """The model with its speech-lora merged: W += (alpha / r) B A. Unmerged, it understands speech badly."""
         model = Phi4MultimodalForCausalLM.from_pretrained(path, revision=revision, **options)
-        fetch = lambda name: cached_file(path, f"speech-lora/{name}", revision=revision)
-        settings = json.loads(Path(fetch("adapter_config.json")).read_text())
-        tensors = load_file(fetch("adapter_model.safetensors"))
+        fetch = partial(cached_file, path, revision=revision)
+        settings = json.loads(Path(fetch("speech-lora/adapter_config.json")).read_text())
+        tensors = load_file(fetch("speech-lora/adapter_model.safetensors"))
         for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
             layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
             A, B = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()  # [r, in], [out, r]
@@ -935,45 +834,33 @@ class Phi4Multimodal:
 
 
 FAMILIES = (Qwen25Omni, Phi4Multimodal)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def family_of(path):
-    """The front end for a checkpoint, by config.json's model_type. Raises UserError naming the families it knows."""
+    """The family of a model directory or hub name, by config.json's model_type. Raises UserError for another one."""
     model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
+    known = {name: family for family in FAMILIES for name in family.model_types}
     if model_type is None:
-        raise UserError(f"{path} is no usable checkpoint: it has no config.json with a model_type")
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise UserError(f"{path} is of the family {model_type}; known are {known}")
-
-
-def default_device():
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def precision():
-    """Weights are bfloat16 on a GPU and float32 on the CPU."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        raise UserError(f"{path} is no usable model: it has no config.json with a model_type")
+    if model_type not in known:
+        raise UserError(f"{path} is of the family {model_type}; known are {', '.join(known)}")
+    return known[model_type]
 
 
 def to_device(model, family):
-    """Move a model to the GPU if there is one, all but its vision part, which no question needs."""
-    if torch.cuda.is_available():
-        model.to("cuda")
+    """Move a model to the GPU if there is one, all but its vision part."""
+    if DEVICE == "cuda":
+        model.to(DEVICE)
         next(m for name, m in model.named_modules() if name.split(".")[-1] == family.vision_part).to("cpu")
     return model
 
 
-# ======================================================================================================================
-# 9. Answer extractor, Eq. (3), and sentence embedder, Eq. (6)
-# ======================================================================================================================
+# ==== 9. Answer extractor, Eq. (3), and sentence embedder, Eq. (6) ====================================================
 def extract_answer(completion, options):
-    """The option an output settles on, "A".."D", or None where it names none or more than one: never a guess.
-
-    Looks in the <answer> block if there is one, else in the whole output: first for letters ("The answer is B",
+    """The letter of the option that an output chooses; None if it names none or more than one: never a guess.
+    Searches the <answer> block if there is one, else the whole output: first for letters ("The answer is B",
     "Option B", a bare "B" or "(B)"), then for an answer that is word for word one of the four `options`.
     """
     block = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
@@ -982,9 +869,9 @@ def extract_answer(completion, options):
     stated = r"(?:\b[Aa]nswer is:?|\b[Oo]ption|(?<=\b[ABCD]) (?:or|and))\s*[(*]*([ABCD])\b"  # "A or B" states both
     letters = {alone[1]} if alone else set(re.findall(stated, answer))
     if not letters:
-        plain = lambda text: text.strip().rstrip(".").strip().casefold()
-        said = plain(re.sub(r"^.*\banswer is:?", "", answer, flags=re.DOTALL | re.IGNORECASE))
-        letters = {letter for letter, option in zip(LETTERS, options) if plain(option) == said}
+        said = re.sub(r"^.*\banswer is:?", "", answer, flags=re.DOTALL | re.IGNORECASE)
+        said, *plain = (text.strip().rstrip(".").strip().casefold() for text in (said, *options))
+        letters = {letter for letter, option in zip(LETTERS, plain) if option == said}
     return letters.pop() if len(letters) == 1 else None
 
 
@@ -994,7 +881,7 @@ def extract_answers(questions, completions):
 
 
 class XFinder:
-    """The paper's answer extractor, xFinder-qwen1505: a small LLM that reads which option an output settles on."""
+    """The paper's answer extractor, xFinder-qwen1505: a small LLM that says which option an output chooses."""
 
     prompt = (
         "<|System|>:You are a help assistant tasked with extracting the precise key answer from given output sentences."
@@ -1004,11 +891,11 @@ class XFinder:
 
     def __init__(self, name, device):
         self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=precision()).to(device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, questions, completions):
-        """Questions and as many completions -> letters, None where what it says is no option."""
+        """Questions and as many completions -> letters, None where the model names no option."""
         prompts = [self.prompt.format(question=q["question"], output=completion,
                                       options=json.dumps([list(pair) for pair in zip(LETTERS, q["options"])]))
                    for q, completion in zip(questions, completions)]
@@ -1019,9 +906,9 @@ class XFinder:
 
     @staticmethod
     def letter(said, options):
-        """What the extractor says -> the one letter it names or whose option it repeats, else None."""
-        plain = lambda text: text.strip().removesuffix(".").lower()
-        letters = [letter for letter, option in zip(LETTERS, options) if plain(said) in (letter.lower(), plain(option))]
+        """The model's output -> the one letter that it names or whose option it repeats, else None."""
+        said, *plain = (text.strip().removesuffix(".").lower() for text in (said, *options))
+        letters = [letter for letter, option in zip(LETTERS, plain) if said in (letter.lower(), option)]
         return letters[0] if len(letters) == 1 else None
 
 
@@ -1034,19 +921,19 @@ class NGramEmbedder:
         for text in texts:
             words = re.findall(r"\w+|[^\w\s]", text.lower())
             grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
-            hashes = [zlib.crc32(gram.encode()) % 512 for gram in grams]
-            vectors.append(torch.bincount(torch.tensor(hashes, dtype=torch.long), minlength=512))
+            hashes = torch.tensor([zlib.crc32(gram.encode()) % 512 for gram in grams], dtype=torch.long)
+            vectors.append(torch.bincount(hashes, minlength=512))
         return F.normalize(torch.stack(vectors).float(), dim=-1)
 
 
 class SentenceEmbedder:
-    """E of the paper: Qwen3-Embedding. Last-token pooling, left padding, documents take no instruction."""
+    """E of the paper, Qwen3-Embedding: the last token's state, left padding, documents take no instruction."""
 
     def __init__(self, name, device):
         self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        self.model = AutoModel.from_pretrained(name, dtype=precision()).to(device).eval()
+        self.model = AutoModel.from_pretrained(name, dtype=DTYPE).to(device).eval()
         if self.tokenizer("").input_ids != [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]:
-            raise ValueError("its tokenizer does not end a text with <|endoftext|>, where the embedding is read")
+            raise ValueError("its tokenizer does not end a text with <|endoftext|>, whose state is the embedding")
 
     @torch.no_grad()
     def embed(self, texts):
@@ -1067,94 +954,65 @@ def load_helper(kind, flag, name, device):
 
 def load_embedder(cfg, device):
     """E of Eq. (6), by cfg.embedder."""
-    if cfg.embedder == "ngrams":
-        return NGramEmbedder()
-    return load_helper(SentenceEmbedder, "--embedder", cfg.embedder, cfg.aux_device or device)
+    return NGramEmbedder() if cfg.embedder == "ngrams" else load_helper(
+        SentenceEmbedder, "--embedder", cfg.embedder, cfg.aux_device or device)
 
 
 def load_extractor(cfg, device):
-    """What reads the option from an output, by cfg.extractor: (questions, completions) -> letters, None where none."""
-    if cfg.extractor == "regex":
-        return extract_answers
-    return load_helper(XFinder, "--extractor", cfg.extractor, cfg.aux_device or device)
+    """The answer extractor, by cfg.extractor: a function (questions, completions) -> letters, None where none."""
+    return extract_answers if cfg.extractor == "regex" else load_helper(
+        XFinder, "--extractor", cfg.extractor, cfg.aux_device or device)
 
 
-# ======================================================================================================================
-# 10. What a run logs and prints
-# ======================================================================================================================
+# ==== 10. Logs, adapter files and checkpoints =========================================================================
 class Clock:
-    """Where a step's time goes: each call gives the seconds since the last one to the phase that just ended."""
+    """Where a step's time goes: lap(phase) adds the seconds since the last lap to the phase that just ended."""
 
     def __init__(self, device):
         self.device, self.seconds, self.last = device, {}, time.perf_counter()
 
-    def __call__(self, phase):
+    def lap(self, phase):
+        """End a phase; `seconds` has one number for each."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
+        last, self.last = self.last, time.perf_counter()
+        self.seconds[f"seconds_{phase}"] = self.seconds.get(f"seconds_{phase}", 0.0) + self.last - last
 
 
-def step_means(terms, rep, beh, references):
-    """Means over the step for the log: each of `terms` [B, 2, G/2] per modality, rep and beh [B, G/2] of speech."""
-    no_spread = terms["reward"].amax(-1, keepdim=True) - terms["reward"].amin(-1, keepdim=True) < 1e-6  # [B, 2, 1]
-    means = {"rep_speech": rep.mean().item(), "beh_speech": beh.mean().item(),
-             "no_spread": no_spread.all(1).float().mean().item(),
-             "no_reference": (references[:, 0] < 0).float().mean().item()}
-    for name, values in (terms | {"no_spread": no_spread}).items():
-        means |= {f"{name}_{m}": values[:, i].float().mean().item() for i, m in enumerate(MODALITIES)}
+def step_means(terms, letters, references):
+    """Means of a step for the log. terms: {name: [B, M, G/2]}, letters: as many, references [B, G/2]."""
+    no_spread = terms["reward"].amax(-1) - terms["reward"].amin(-1) < 1e-6  # [B, M]
+    unparsed = torch.tensor([letter is None for letter in letters]).view(terms["reward"].shape)
+    means = {"no_spread": no_spread.all(-1).float().mean().item(),
+             "no_reference": (references[:, 0] < 0).float().mean().item(),
+             "tokens": sum_over_ranks(terms["length"].sum()).item()}
+    for m, modality in enumerate(MODALITIES):
+        for name, x in (terms | {"unparsed": unparsed, "no_spread": no_spread}).items():
+            if m != TEXT or name not in ("rep", "beh"):  # written answers earn neither
+                means[f"{name}_{modality}"] = x[:, m].float().mean().item()
     return means
 
 
-def first_group(question, completions, terms, rep, beh, references):
-    """The first group of a step in full, for a person: each answer with its `terms` [B, 2, G/2], speech with more."""
-    half = rep.shape[-1]
-    group = {key: question[key] for key in ("key", "question", "options", "answer_index")}
-    for i, m in enumerate(MODALITIES):
-        group[m] = [{"completion": completions[i * half + s]} | {name: x[0, i, s].item() for name, x in terms.items()}
-                    for s in range(half)]
-    for s, answer in enumerate(group["speech"]):
-        answer |= {"rep": rep[0, s].item(), "beh": beh[0, s].item(), "reference": references[0, s].item()}
+def first_group(question, completions, terms, references):
+    """The first group of a step in full, for a person. terms: {name: [B, M, G/2]}, references [B, G/2]."""
+    group, samples = {key: question[key] for key in ("key", "question", "options", "answer_index")}, references.shape[1]
+    for m, modality in enumerate(MODALITIES):
+        group[modality] = [{"completion": completion} for completion in completions[m * samples : (m + 1) * samples]]
+        for s, answer in enumerate(group[modality]):
+            answer |= {name: x[0, m, s].item() for name, x in terms.items()}
+            answer |= {"reference": references[0, s].item()} if m != TEXT else {}
     return group
 
 
-def parameter_table(lm):
-    """How many parameters each part of the speech LLM has, and how many of them are trained."""
-    counts = {}
-    for name, p in lm.model.named_parameters():
-        total, trained = counts.get(lm.part(name), (0, 0))
-        counts[lm.part(name)] = total + p.numel(), trained + p.numel() * p.requires_grad
-    counts["all"] = tuple(map(sum, zip(*counts.values())))
-    rows = [f"{part:<34}{total:>16,}{trained:>14,}" for part, (total, trained) in counts.items()]
-    return "\n".join([f"{'part':<34}{'parameters':>16}{'trainable':>14}", *rows])
-
-
-def cost_table(log):
-    """Where a run's time went, from the lines of its log.jsonl."""
-    phases = {name.removeprefix("seconds_"): [line[name] for line in log] for name in log[0] if "seconds_" in name}
-    phases["whole steps"] = [line["seconds"] for line in log]
-    total = sum(phases["whole steps"])
-    rows = [f"{name:<14}{sum(s):>10.1f}{np.median(s):>16.3f}{100 * sum(s) / total:>9.1f}" for name, s in phases.items()]
-    return "\n".join([f"\n{'phase':<14}{'seconds':>10}{'median a step':>16}{'share %':>9}", *rows,
-                      f"{sum(line['tokens'] for line in log) / total:.0f} sampled tokens a second, peak memory "
-                      f"{max(line['peak_gib'] or math.nan for line in log):.2f} GiB"])
-
-
-def side_by_side(step, group):
-    """One spoken answer and its text reference in two columns, each under its rewards, 100 characters wide."""
+def show_group(step, group):
+    """The first spoken answer of a group and its reference, each above its rewards, for the terminal."""
     spoken = group["speech"][0]
-    if spoken["reference"] < 0:
-        written = {"completion": "(no written answer of this group is correct)"}
-    else:
-        written = group["text"][spoken["reference"]]
-    terms = ("acc", "fmt", "rep", "beh", "reward", "advantage")
-    columns = [[name, *textwrap.wrap(textwrap.shorten(answer["completion"], 400), 48),
-                "  ".join(f"{term[:6]} {answer[term]:.2f}" for term in terms[:4] if term in answer),
-                "  ".join(f"{term} {answer[term]:+.2f}" for term in terms[4:] if term in answer)]
-               for name, answer in (("spoken", spoken), ("written, its reference", written))]
-    head = f"step {step}, {group['key']}: {group['question']} ({LETTERS[group['answer_index']]})"
-    return "\n".join([head, *(f"  {a:<48}  {b}".rstrip() for a, b in zip_longest(*columns, fillvalue=""))])
+    shown = [spoken] if spoken["reference"] < 0 else [spoken, group["text"][spoken["reference"]]]
+    lines = [f"step {step}, {group['key']}: {group['question']} ({LETTERS[group['answer_index']]})"]
+    for modality, answer in zip(MODALITIES, shown):
+        rewards = [f"{term} {answer[term]:.2f}" for term in ("acc", "fmt", "rep", "beh", "reward", "advantage")]
+        lines += [f"  {modality:<8}{textwrap.shorten(answer['completion'], 400)}", " " * 10 + "  ".join(rewards)]
+    return "\n".join(lines)
 
 
 def peak_memory(device):
@@ -1168,9 +1026,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# ======================================================================================================================
-# 11. Adapter files and checkpoints
-# ======================================================================================================================
 def write_aside(path, write):
     """Write a file under another name, then rename it: nothing half-written is ever left in its place."""
     aside = path.with_name(path.name + ".part")
@@ -1183,35 +1038,59 @@ def write_json(path, content):
     write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
 
 
+def open_log(path, step):
+    """A JSON-lines file to append to, cut back to the lines up to `step`: later steps are done again."""
+    if RANK:
+        return open(os.devnull, "w")
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_aside(path, lambda aside: aside.write_text("".join(lines)))
+    return open(path, "a")
+
+
+def write_line(file, values):
+    """Append one JSON line; a number that is not finite becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    print(json.dumps(finite), file=file, flush=True)
+
+
 def save_adapter(lm, out, cfg):
     """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
-    layers = lora_layers(lm)
-    tensors = {f"base_model.model.{name}.{part}.weight": getattr(m, part).detach().contiguous().cpu()
-               for name, m in layers.items() for part in ("lora_A", "lora_B")}
-    # A regular expression over whole names: the audio tower has layers called q_proj too.
-    decoder = next(iter(layers)).split(".layers.")[0]
-    suffixes = sorted({name.split(".layers.")[1].split(".", 1)[1] for name in layers})
+    layers = {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
+    tensors = {f"base_model.model.{name}.{matrix}.weight": getattr(m, matrix).detach().contiguous().cpu()
+               for name, m in layers.items() for matrix in ("lora_A", "lora_B")}
     write_aside(out / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
     write_json(out / "adapter_config.json", {
         "peft_type": "LORA", "base_model_name_or_path": cfg.model, "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
         "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": re.escape(decoder) + r"\.layers\.\d+\.(" + "|".join(map(re.escape, suffixes)) + ")",
+        "target_modules": list(layers),  # full names: the audio encoder has layers called q_proj too
     })
 
 
-class Stopped(UserError):
-    """Ctrl-C or SIGTERM: the checkpoint is written, the run can go on."""
+def remember_signals():
+    """From now on the first Ctrl-C or SIGTERM is only noted in the list that is returned; a second one ends the run."""
+    signals = []
+
+    def remember(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return signals
 
 
 def save_checkpoint(optimizer, generator, step, before, cfg):
-    """Write LoRA weights, AdamW's state and the generators' states after `step`; keep the last two checkpoints."""
-    states = gather_over_ranks(generator.get_state())
+    """Write trained weights, AdamW's state and the generators' states after `step`; keep the last two checkpoints."""
+    states = [generator.get_state().to(DEVICE) for _ in range(RANKS)]
+    if RANKS > 1:
+        dist.all_gather(states, states[RANK].clone())
     if RANK:
         return
     tensors = {f"generator.{rank}": state for rank, state in enumerate(states)}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        tensors |= {f"lora.{i}": p.detach()} | {f"adamw.{i}.{key}": value for key, value in optimizer.state[p].items()}
-    metadata = {"tars": json.dumps({"step": step, "before": before, "config": settings_to_match(cfg)})}
+        tensors |= {f"trained.{i}": p.detach()} | {f"adamw.{i}.{key}": x for key, x in optimizer.state[p].items()}
+    metadata = {"tars": json.dumps({"before": before, "config": asdict(cfg) | {"ranks": RANKS}})}
     folder = Path(cfg.out) / "checkpoints"
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -1220,62 +1099,36 @@ def save_checkpoint(optimizer, generator, step, before, cfg):
         old.unlink()
 
 
-def settings_to_match(cfg):
-    """The settings that a resumed run must share with the one it continues."""
-    free = ("out", "resume", "save_every", "aux_device")
-    return {k: v for k, v in asdict(cfg).items() if k not in free} | {"ranks": RANKS}
-
-
 def find_checkpoint(cfg):
-    """The checkpoint to go on from and its metadata, or None twice to begin at the beginning.
-
-    Raises UserError if there is none to go on from, if it was made with other settings, or if it would be lost.
-    """
+    """The checkpoint to continue from and its metadata, or None twice. Raises UserError where --resume does not fit."""
     found = sorted((Path(cfg.out) / "checkpoints").glob("step-*.safetensors"))
-    if not found:
-        if cfg.resume == "last":
-            raise UserError(f"--resume: {cfg.out} holds no checkpoint to go on from")
-        return None, None
-    if not cfg.resume:
-        if not (Path(cfg.out) / "summary.json").exists():
-            raise UserError(f"{cfg.out} holds the checkpoints of an unfinished run: go on with --resume, remove it, or "
-                            "give another --out")
+    if not found and cfg.resume == "last":
+        raise UserError(f"--resume: {cfg.out} holds no checkpoint to continue from")
+    if found and not cfg.resume and not (Path(cfg.out) / "summary.json").exists():
+        raise UserError(f"{cfg.out} holds an unfinished run: continue with --resume, remove it, or give another --out")
+    if not found or not cfg.resume:
         return None, None
     with safe_open(found[-1], "pt") as file:
         metadata = json.loads(file.metadata()["tars"])
-    if other := [k for k, v in settings_to_match(cfg).items() if metadata["config"].get(k) != v]:
-        raise UserError(f"--resume: {found[-1]} was made with another {', '.join(other)}: give the same ones")
+    saved = asdict(Config()) | metadata["config"]  # a setting that is newer than the checkpoint had its default
+    other = {k for k, v in (asdict(cfg) | {"ranks": RANKS}).items() if saved[k] != v}
+    if other := other - {"out", "resume", "save_every", "aux_device"}:
+        raise UserError(f"--resume: {found[-1]} was made with another {', '.join(sorted(other))}: give the same ones")
     return found[-1], metadata
 
 
 def load_checkpoint(path, optimizer, generator):
     """Put weights, AdamW's state and the generator back where they were. Returns the step."""
-    tensors, parameters = load_file(path), optimizer.param_groups[0]["params"]
-    state = {i: {} for i in range(len(parameters))}
-    for name, tensor in tensors.items():
-        kind, i, *key = name.split(".")
-        if kind == "lora":
-            parameters[int(i)].data.copy_(tensor)
-        elif kind == "adamw":
-            state[int(i)][key[0]] = tensor
+    tensors, state = load_file(path), {}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        p.data.copy_(tensors[f"trained.{i}"])
+        state[i] = {name.split(".")[2]: x for name, x in tensors.items() if name.startswith(f"adamw.{i}.")}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     generator.set_state(tensors[f"generator.{RANK}"])
     return int(path.stem.removeprefix("step-"))
 
 
-def cut_log(file, step):
-    """Cut a log back to the lines up to `step`: what came after the checkpoint is done again."""
-    lines = file.read_text().splitlines(keepends=True) if step else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_aside(file, lambda aside: aside.write_text("".join(kept)))
-    return file
-
-
-# ======================================================================================================================
-# 12. Several processes
-# ======================================================================================================================
-# Several processes, started by torchrun: each takes every RANKS-th question; LoRA's gradients are summed, since the
-# loss is already divided by the tokens of all. One process needs none of it.
+# ==== 11. Several processes, started by torchrun: rank r takes questions r, r + RANKS, ... ============================
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1287,7 +1140,7 @@ def sum_over_ranks(x):
 
 
 def sum_gradients_over_ranks(parameters, loss):
-    """Sum the gradients and the loss over all processes, in one message. Returns the loss."""
+    """Sum gradients and loss over all processes, not average: the loss is already divided by the tokens of all."""
     if RANKS == 1:
         return loss
     flat = sum_over_ranks(torch.cat([*(p.grad.flatten() for p in parameters), parameters[0].new_tensor([loss])]))
@@ -1298,42 +1151,24 @@ def sum_gradients_over_ranks(parameters, loss):
 
 def mean_over_ranks(metrics):
     """Numbers of this process's questions -> of all."""
-    device = default_device() if RANKS > 1 else "cpu"
-    means = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)) / RANKS
+    means = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64, device=DEVICE)) / RANKS
     return dict(zip(metrics, means.tolist()))
 
 
-def gather_over_ranks(state):
-    """A CPU tensor -> the list of those of all processes."""
-    if RANKS == 1:
-        return [state]
-    state = state.to(default_device())
-    states = [torch.empty_like(state) for _ in range(RANKS)]
-    dist.all_gather(states, state)
-    return [state.cpu() for state in states]
-
-
-# ======================================================================================================================
-# 13. The command
-# ======================================================================================================================
+# ==== 12. The command =================================================================================================
 def parse_config(arguments, build_demo):
-    """Config from the command line: a flag beats the model's own tars_config.json, which beats the default.
-
-    `build_demo(path)` is called when the default model is asked for and is not there yet.
-    """
-    table = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120)
+    """Command line -> Config. `build_demo(path)` is called if the default model is asked for and does not exist."""
     parser = argparse.ArgumentParser(prog="tars.py", usage="tars.py [--setting value ...]", allow_abbrev=False,
                                      description="setting: meaning [default; where the paper gives it]",
-                                     formatter_class=table)
+                                     formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=120))
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind | f.metadata["flag"])
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"],
+                            **kind | f.metadata["flag"])
     flags = vars(parser.parse_args(arguments))
-    model = Path(flags.get("model", Config.model))
+    model, recommended = Path(flags.get("model", Config.model)), {}
     if str(model) == Config.model and not model.exists():
         build_demo(model.parent)
-    recommended = {}
     if (model / "tars_config.json").exists():
         recommended = json.loads((model / "tars_config.json").read_text())
         if unknown := recommended.keys() - {f.name for f in fields(Config)}:
@@ -1345,8 +1180,8 @@ def parse_config(arguments, build_demo):
 def build_demo(folder):
     """Make the offline demo's data and base model with data_prep.py."""
     if RANKS > 1:
-        raise UserError(f"{folder} is not there yet: make it first with `python data_prep.py demo`, in one process")
-    print(f"{folder} is not there yet: building the offline demo (once, about 3 minutes)")
+        raise UserError(f"{folder} does not exist: make it first with `python data_prep.py demo`, in one process")
+    print(f"{folder} does not exist: building the offline demo (once, about 3 minutes)")
     command = [sys.executable, Path(__file__).with_name("data_prep.py"), "demo", "--out", folder]
     if subprocess.run(command).returncode:
         raise UserError(f"the demo could not be built under {folder}: the reason is printed above")
@@ -1367,7 +1202,8 @@ def check(cfg):
 def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
     if RANKS > 1:
-        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     cfg = parse_config(arguments, build_demo)
@@ -1375,9 +1211,10 @@ def main(arguments=None):
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     lm = SpeechLM.from_pretrained(cfg.model)
     embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
-    layer_slice(cfg.layers, len(lm.decoder.layers))
+    layers = layer_weights(cfg.layers, len(lm.decoder.layers))  # [L]
+    print(f"R_rep compares {layers.count_nonzero()} of {len(layers)} layers")
     last, metadata = find_checkpoint(cfg)
-    sum_over_ranks(torch.zeros(1, device=lm.device))  # nobody removes anything before all have looked
+    sum_over_ranks(torch.zeros(1, device=lm.device))  # a barrier: rank 0 removes old checkpoints after all have looked
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and last is None:
@@ -1401,20 +1238,21 @@ def main(arguments=None):
 
 
 def run(program, main):
-    """Run a program's main(): whatever its user can mend ends in one line on stderr and exit code 2."""
+    """Run a program's main(): an error that its user can mend ends in one line on stderr and exit code 2."""
     try:
         return main()
     except UserError as error:
-        message, code = str(error), 130 if isinstance(error, Stopped) else 2
+        message, code = str(error), 2
     except torch.OutOfMemoryError:
         message, code = (f"out of GPU memory at {peak_memory(torch.device('cuda')):.1f} GiB: lower "
                          "--tokens-per-micro-batch, --max-new-tokens or --questions-per-step, or leave out long clips "
-                         "(data_prep.py --max-seconds); the last checkpoint is good, --resume goes on from it"), 2
+                         "(data_prep.py --max-seconds); the last checkpoint is good, --resume continues from it"), 2
     except OSError as error:  # an unwritable folder, a full disk
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    sys.exit(print(f"{program}: {message}", file=sys.stderr) or code)
+    except KeyboardInterrupt as error:
+        message, code = str(error) or "interrupted", 130
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

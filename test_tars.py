@@ -53,24 +53,29 @@ from tars import (
     Qwen25Omni,
     SentenceEmbedder,
     SpeechLM,
-    against_references,
     attach_lora,
     base_reward,
     behavior_reward,
     extract_answer,
     format_reward,
     grpo_loss,
+    judge,
+    layer_weights,
     learning_rate,
     load_questions,
     modality_advantages,
     modality_recovery_rate,
+    pad_left,
     pick_references,
     pool_hidden_states,
     read_clip,
+    reference_features,
     representation_reward,
     save_adapter,
+    token_weights,
     total_reward,
     train_step,
+    without_lora,
     written_question,
 )
 
@@ -128,11 +133,22 @@ def test_eq5_representation_reward_by_hand_and_by_loop():
     # Layer 1: (1, 0) with (3, 4): 3/5 = 0.6. Layer 2: (0, 2) with (0, 1): 1. Mean 0.8; lengths do not matter.
     speech, text = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     assert representation_reward(speech, text).item() == pytest.approx(0.8)
+    assert representation_reward(speech, text, torch.tensor([0.75, 0.25])).item() == pytest.approx(0.75 * 0.6 + 0.25)
     speech, text = random_(2, 3, 5, 7), random_(2, 3, 5, 7, seed=1)  # [B, G/2, L, H]
-    reward = representation_reward(speech, text)
+    reward, middle = representation_reward(speech, text), representation_reward(speech, text, layer_weights("2-4", 5).double())
     for b in range(2):
         for s in range(3):
-            assert reward[b, s].item() == pytest.approx(sum(cos(speech[b, s, l], text[b, s, l]) for l in range(5)) / 5)
+            cosines = [cos(speech[b, s, l], text[b, s, l]) for l in range(5)]
+            assert reward[b, s].item() == pytest.approx(sum(cosines) / 5)
+            assert middle[b, s].item() == pytest.approx(sum(cosines[1:4]) / 3)
+
+
+def test_eq5_layer_bands():
+    assert layer_weights("11-20", 32).tolist() == pytest.approx([0] * 10 + [0.1] * 10 + [0] * 12)
+    assert layer_weights("all", 4).tolist() == [0.25] * 4 and layer_weights("3-3", 4).tolist() == [0, 0, 1, 0]
+    for wrong in ("0-3", "3-2", "1-5", "2", "x"):
+        with pytest.raises(tars.UserError, match="1-4"):
+            layer_weights(wrong, 4)
 
 
 def test_eq6_behavior_reward_by_hand_and_by_loop():
@@ -196,10 +212,30 @@ def test_loss_is_zero_on_policy_but_its_gradient_is_not():
 
 
 def test_loss_of_parts_adds_up_and_nothing_to_learn_is_zero():
-    logps, old, advantages, mask = random_(4, 3), random_(4, 3, seed=1), random_(4, seed=2), torch.tensor([[1, 1, 0]] * 4)
-    parts = [grpo_loss(logps[i:i + 2], old[i:i + 2], advantages[i:i + 2], mask[i:i + 2], n_tokens=8) for i in (0, 2)]
-    assert sum(parts).item() == pytest.approx(grpo_loss(logps, old, advantages, mask).item())
+    logps, old, advantages, mask = random_(4, 3), random_(4, 3, seed=1), random_(4, seed=2), torch.tensor([[1, 1, 0]] * 4).double()
+    whole = grpo_loss(logps, old, advantages, mask).item()
+    weights = token_weights(mask)
+    for w in (weights, [token_weights(mask[i : i + 2], n_tokens=8) for i in (0, 2)]):
+        parts = [w[i : i + 2] if w is weights else w[i // 2] for i in (0, 2)]
+        parts = [grpo_loss(*(t[i : i + 2] for t in (logps, old, advantages, mask)), weights=part) for i, part in zip((0, 2), parts)]
+        assert sum(parts).item() == pytest.approx(whole)
     assert grpo_loss(logps, old, advantages, torch.zeros(4, 3)).item() == 0.0
+
+
+def test_loss_has_any_leading_dimensions():
+    logps, old, advantages, mask = random_(2, 2, 3, 4), random_(2, 2, 3, 4, seed=1), random_(2, 2, 3, seed=2), random_(2, 2, 3, 4, seed=3) > 0
+    flat, _ = loss_by_loop(*(t.flatten(0, 2) for t in (logps, old)), advantages.flatten(), mask.flatten(0, 2), 0.2, 0.28)
+    assert grpo_loss(logps, old, advantages, mask).item() == pytest.approx(flat)
+
+
+def test_loss_weights_by_hand():
+    # Three completion tokens in two answers: each weighs 1/3, padding nothing. With the second answer cut, two tokens are
+    # left, and each weighs 1/2. Of a batch of ten tokens each weighs 1/10.
+    mask, cut = torch.tensor([[1, 1], [1, 0]]), torch.tensor([False, True])
+    assert token_weights(mask).tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
+    assert token_weights(mask, truncated=cut).tolist() == [[0.5, 0.5], [0, 0]]
+    assert token_weights(mask, 10).tolist() == [pytest.approx([0.1, 0.1]), pytest.approx([0.1, 0])]
+    assert token_weights(mask, truncated=torch.tensor([True, True])).sum() == 0  # and no division by zero
 
 
 # ======================================================================================================================
@@ -262,13 +298,28 @@ def test_references_are_correct_random_and_of_the_same_group():
     assert (drawn[:, 0, 0] != drawn[:, 0, 1]).any()  # each spoken answer has a draw of its own
 
 
-def test_against_references_takes_the_drawn_text_row_and_zero_without_one():
-    features = random_(2, 2, 3, 5)  # [B, 2, G/2, D]
+def test_reference_features_are_the_drawn_written_answers_and_zero_without_one():
+    features = random_(2, 2, 3, 5)  # [B, M, G/2, D]
     references = torch.tensor([[2, 0, 2], [-1, -1, -1]])
-    reward = against_references(behavior_reward, features, references)
+    chosen = reference_features(features, references)
+    reward = behavior_reward(features, chosen)
     for s in range(3):
-        assert reward[0, s].item() == pytest.approx(cos(features[0, 0, s], features[0, 1, references[0, s]]))
-        assert reward[1, s].item() == 0.0
+        assert torch.equal(chosen[0, 0, s], features[0, 1, references[0, s]])
+        assert reward[0, 0, s].item() == pytest.approx(cos(features[0, 0, s], features[0, 1, references[0, s]]))
+        assert reward[1, 0, s].item() == reward[0, 1, s].item() == reward[1, 1, s].item() == 0.0
+    states = random_(2, 2, 3, 4, 5)  # [B, M, G/2, L, H]
+    reward = representation_reward(states, reference_features(states, references))
+    assert reward[0, 0, 1].item() == pytest.approx(sum(cos(states[0, 0, 1, l], states[0, 1, 0, l]) for l in range(4)) / 4)
+    assert (reward[:, 1] == 0).all() and (reward[1] == 0).all()
+
+
+def test_judge_pairs_completions_with_their_questions():
+    questions = [{"options": OPTIONS, "answer_index": 1}, {"options": OPTIONS, "answer_index": 3}]
+    right, wrong = "<think>x</think><answer>The answer is {}.</answer>", "The answer is {}."
+    completions = [right.format("B"), wrong.format("B"), right.format("D"), wrong.format("B"), right.format("D"), "None of it"]
+    letters, acc, fmt = judge(questions, completions, tars.extract_answers)
+    assert letters == ["B", "B", "D", "B", "D", None]
+    assert acc.tolist() == [[1, 1, 0], [0, 1, 0]] and fmt.tolist() == [[1, 0, 1], [0, 1, 0]]
 
 
 def test_ngram_embedder_by_hand():
@@ -492,9 +543,8 @@ def plain_logps(lm, question, spoken, completion, temperature=1.0):
 
 
 def forward(lm, questions, ids, mask, temperature=1.0):
-    """The wrapper's forward of [B, 2, 2, C] completions -> log-probs [B, 2, 2, C] and pooled states [B, 2, 2, L, H]."""
-    logps, pooled = lm.forward(lm.embed(questions).rows(), ids.flatten(0, 1), mask.flatten(0, 1), temperature)
-    return logps.view(ids.shape), pooled.unflatten(0, (-1, 2))
+    """The wrapper's forward: log-probs [B, 2, 2, C] and pooled states [B, 2, 2, L, H]."""
+    return lm.forward(lm.embed(questions), ids, mask, temperature)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -544,8 +594,8 @@ def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, quest
     banned = lm.placeholder_ids.tolist()
     for b, question in enumerate(questions):
         for m in range(2):
-            keep = prompts.mask[b, m].bool()
-            expected = lm.model.generate(inputs_embeds=prompts.embeds[b, m][keep][None], attention_mask=torch.ones(1, int(keep.sum())),
+            prompt = prompts[b][m][None]  # [1, P, H]
+            expected = lm.model.generate(inputs_embeds=prompt, attention_mask=torch.ones(1, prompt.shape[1]),
                                          do_sample=False, max_new_tokens=12, eos_token_id=lm.eos_ids.tolist(), pad_token_id=0,
                                          suppress_tokens=banned)[0].tolist()
             for s in range(3):
@@ -567,7 +617,7 @@ def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, q
     prompts = lm.embed(questions)
     ids, mask, _ = lm.rollout(prompts, 3, 12, 0.7, torch.Generator().manual_seed(0))
     assert ids.shape[-1] == len(drawn)
-    logps = lm.forward(prompts.rows(), ids.flatten(0, 1), mask.flatten(0, 1), 0.7, pool=False)[0].detach()  # [8, 3, C]
+    logps = lm.forward(prompts, ids, mask, 0.7, pool=False)[0].detach().flatten(0, 1)  # [8, 3, C]
     alive = mask.flatten(0, 1).bool()
     for t, at_draw in enumerate(drawn):
         rows = alive[..., t].any(-1)
@@ -634,19 +684,19 @@ def test_unknown_family_is_told_which_are_known(tmp_path):
 
 @pytest.mark.parametrize("family, parts", [
     # The paper's and the hub's numbers: 8.93 B = text 7.07 + lm_head 0.55 + audio 0.64 + vision 0.68
-    (Qwen25Omni, {"LLM": 7.07, "lm_head": 0.545, "audio encoder and projector": 0.64, "vision (unused, kept on the CPU)": 0.676}),
+    (Qwen25Omni, {"layers or embeddings": 7.07, "lm_head": 0.545, "audio_tower": 0.64, "visual": 0.676}),
     # 5.6 B = these 4.74 (the head is tied to the embeddings) + speech-lora 0.46 (r 320) + vision-lora 0.37 (r 256)
-    (Phi4Multimodal, {"LLM": 3.84, "audio encoder and projector": 0.46, "vision (unused, kept on the CPU)": 0.44}),
+    (Phi4Multimodal, {"layers or embeddings": 3.84, "audio_embed": 0.46, "image_embed": 0.44}),
 ])
 def test_default_architecture_has_the_real_models_size(family, parts):
+    settings, _ = evaluation.HUB_SETTINGS[family]
     with torch.device("meta"):
-        model = family.model_class(family.model_class.config_class(**family.config_defaults))
-    tokenizer = evaluation.byte_tokenizer(family)
-    lm = SpeechLM(family, model, tokenizer, None)
-    counts = {}
+        model = family.model_class(family.model_class.config_class(**settings))
+    counts = dict.fromkeys(parts, 0)
     for name, p in model.named_parameters():
-        counts[lm.part(name)] = counts.get(lm.part(name), 0) + p.numel() / 1e9
-    assert counts == {part: pytest.approx(size, abs=0.01) for part, size in parts.items()}
+        part = next((part for part in parts if part in name.split(".")), "layers or embeddings")
+        counts[part] += p.numel() / 1e9
+    assert family.vision_part in parts and counts == {part: pytest.approx(size, abs=0.01) for part, size in parts.items()}
 
 
 class ConstantHead(torch.nn.Module):
@@ -680,9 +730,9 @@ def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
         for token, weight in zip((one, two, three), weights):
             share = weight / sum(weights)  # 4000 draws: 5 standard errors
             assert (ids == token).double().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
-        logps, _ = lm.forward(prompts.rows(), ids.flatten(0, 1)[:, :200], mask.flatten(0, 1)[:, :200], temperature)
+        logps, _ = lm.forward(prompts, ids[:, :, :200], mask[:, :, :200], temperature)
         expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]  # [1, 2, 1000, 2]
-        torch.testing.assert_close(logps, expected[0, :, :200], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logps, expected[:, :, :200], atol=1e-5, rtol=0)
 
 
 def test_mask_runs_through_the_first_end_of_turn(lm, questions):
@@ -702,7 +752,10 @@ def test_control_tokens_in_a_question_stay_text(lm, questions):
     end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(turn)]
     assert lm.tokenizer.convert_tokens_to_ids([turn, audio]) == lm.tokenizer(turn + audio).input_ids
     evil = questions[0] | {"question": f"one{turn}{audio}"}
-    count = lambda q: int((lm.embed([q]).embeds[0, 1] == end).all(-1).sum())
+
+    def count(q):
+        return int((lm.embed([q])[0][1] == end).all(-1).sum())
+
     assert count(evil) == count(questions[0]) == 2  # the template's own, after system and user
 
 
@@ -726,7 +779,25 @@ def test_lora_by_hand_and_only_on_the_llm(lm):
     # down 128+384. Phi: qkv 128+256, o 128+128, gate_up 128+384, down 192+128.
     expected = 8 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
     assert sum(p.numel() for p in parameters) == expected
-    assert f"{expected:,}" in tars.parameter_table(lm).splitlines()[-1]
+
+
+def test_lora_is_all_that_is_trained_and_the_run_says_so(lm, capsys):
+    total = sum(p.numel() for p in lm.model.parameters())
+    optimizer, _ = tars.make_trainable(lm, Config(lora_rank=2))
+    trained = 2 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
+    assert capsys.readouterr().out == f"{total + trained:,} parameters, {trained:,} of them trained\n"
+    assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == trained
+
+
+def test_without_lora_is_the_base_model_and_ends_with_its_context(lm, questions, answers):
+    base, _ = forward(lm, questions, *answers)
+    perturb(lm)
+    trained, _ = forward(lm, questions, *answers)
+    with pytest.raises(KeyError), without_lora():
+        inside, _ = forward(lm, questions, *answers)
+        raise KeyError
+    assert torch.equal(inside, base) and (trained - base).abs().max() > 0.1
+    assert torch.equal(forward(lm, questions, *answers)[0], trained)
 
 
 def linears(lm):
@@ -879,21 +950,17 @@ def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, ques
 def test_micro_batches_by_hand():
     # Longer prompt + 2 samples x longest answer, a row: 10 + 2 * 5 = 20, 30 + 2 * 5 = 40, 12 + 2 * 6 = 24, 28 + 2 * 2 = 32.
     prompt, answer = [(10, 4), (5, 30), (12, 4), (28, 6)], [(5, 1), (2, 5), (6, 6), (1, 2)]
-    prompt_mask = torch.tensor([[[0] * (30 - n) + [1] * n for n in group] for group in prompt])
+    prompts = [[torch.zeros(n, 1) for n in group] for group in prompt]
     completion_mask = torch.tensor([[[[1] * n + [0] * (6 - n), [1] + [0] * 5] for n in group] for group in answer])
-    packed = lambda budget: [batch.tolist() for batch in tars.micro_batches(prompt_mask, completion_mask, budget)]
+
+    def packed(budget):
+        return tars.micro_batches(prompts, completion_mask, budget)
+
     assert packed(1) == [[1], [3], [2], [0]]  # the longest first, and alone where nothing fits
     # 1 and 3: 4 rows of 30 + 2 * 5 = 160 tokens. 3 and 2: 4 rows of 28 + 2 * 6 = 160. 2 and 0: 4 rows of 12 + 2 * 6 = 96.
     assert packed(160) == [[1, 3], [2, 0]]
     assert packed(159) == [[1], [3], [2, 0]]
     assert packed(8 * 42) == [[1, 3, 2, 0]]  # all: 8 rows of 30 + 2 * 6
-
-
-def test_prompts_of_some_questions_lose_the_padding_that_none_of_them_needs():
-    embeds = torch.arange(20.0).view(2, 2, 5, 1)
-    mask = torch.tensor([[[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]], [[1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]])
-    rows = tars.Prompts(embeds, mask).rows(torch.tensor([0]))
-    assert rows.mask.tolist() == [[1, 1, 1], [0, 1, 1]] and rows.embeds[..., 0].tolist() == [[2, 3, 4], [7, 8, 9]]
 
 
 def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
@@ -928,13 +995,16 @@ def test_step_second_update_uses_the_first_ones_rewards_and_log_probs(lm, questi
     perturb(lm)
     parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
     seen = []
-    spy = lambda *args: seen.append([a.detach().clone() for a in args[:3]]) or grpo_loss(*args)
+
+    def spy(*args):
+        seen.append([a.detach().clone() for a in args[:3]])
+        return grpo_loss(*args)
+
     monkeypatch.setattr(tars, "grpo_loss", spy)
     one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, lr=0.5, updates_per_rollout=2)
     (new1, old1, adv1), (new2, old2, adv2) = seen
     assert torch.equal(new1, old1) and torch.equal(old1, old2) and torch.equal(adv1, adv2)
-    mask = answers[1].flatten(0, 2).bool()
-    assert (new2 - old2).abs()[mask].max() > 1e-3
+    assert (new2 - old2).abs().max() > 1e-3
 
 
 # ======================================================================================================================
@@ -951,14 +1021,6 @@ def test_data_order_visits_every_question_once_an_epoch():
     assert steps == 5 and sorted(order[:10]) == list(range(10)) and sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20] and order == tars.data_order(10, Config(questions_per_step=4, epochs=2))[0]
     assert order != tars.data_order(10, Config(questions_per_step=4, epochs=2, seed=1))[0]
-
-
-def test_layer_bands():
-    assert list(range(32))[tars.layer_slice("11-20", 32)] == list(range(10, 20))
-    assert list(range(4))[tars.layer_slice("all", 4)] == [0, 1, 2, 3]
-    for wrong in ("0-3", "3-2", "1-5", "2", "x"):
-        with pytest.raises(tars.UserError, match="1-4"):
-            tars.layer_slice(wrong, 4)
 
 
 def test_defaults_are_the_papers():
@@ -982,7 +1044,7 @@ def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
 def test_cost_table_by_hand():
     # Three steps of 2, 4 and 9 s: 15 s in all, of which the roll-outs took 1 + 1 + 4 = 6 s or 40 %, median 1 s.
     log = [{"seconds_rollout": r, "seconds_forward": 0.5, "seconds": s, "tokens": 300, "peak_gib": p} for r, s, p in ((1, 2, 1.5), (1, 4, 2.5), (4, 9, 2.0))]
-    table = [line.split() for line in tars.cost_table(log).splitlines()]
+    table = [line.split() for line in evaluation.cost_table(log).splitlines()]
     assert table[2:] == [["rollout", "6.0", "1.000", "40.0"], ["forward", "1.5", "0.500", "10.0"], ["whole", "steps", "15.0", "4.000", "100.0"],
                          "60 sampled tokens a second, peak memory 2.50 GiB".split()]
 
@@ -1436,7 +1498,7 @@ def test_eval_layers_curves_and_figures(small_demo, small_run, tmp_path, capsys)
     (["--asr"], "never taught to transcribe"),
     (["--cascade", "no/such/whisper"], "--cascade no/such/whisper"),
     (["--curves", "no/such/run"], "no/such/run"),
-    (["--model", "no/such/model"], "no usable checkpoint"),
+    (["--model", "no/such/model"], "no usable model"),
     (["--random-weights", "a/b"], "--random-weights a/b"),
     (["--explain", "no/such/run"], "--explain no/such/run"),
 ])
@@ -1479,6 +1541,48 @@ def test_explain_works_one_group_through(small_demo, capsys):
     assert [a[0] for a in advantages] == [s[3] for s in sums]
     for reward, mean, advantage in advantages:  # Eq. (7) as printed
         assert mean == pytest.approx(np.mean([s[3] for s in sums]), abs=0.001) and reward - mean == pytest.approx(advantage, abs=0.002)
+
+
+def explained(printed):
+    """What --explain printed -> Eq. (2) as {answer: (R_base, weight, R_rep, weight, R_beh, R)}, Eq. (7) as {answer: (R, mean, A)}."""
+    number = r"([+-]?[\d.]+)"
+    totals = re.findall(rf"^  ([ST]\d)  {number} \+ {number} \* {number} \+ {number} \* {number} = {number}$", printed, re.M)
+    advantages = re.findall(rf"^  ([ST]\d)  {number} - {number} = {number}  ", printed, re.M)
+    return [{name: tuple(map(float, numbers)) for name, *numbers in rows} for rows in (totals, advantages)]
+
+
+def test_explain_takes_the_settings_of_a_run(small_demo, tmp_path, capsys):
+    settings = {"model": small_demo / "model", "data": small_demo / "train", "embedder": "ngrams", "alpha": 0.5, "beta": 2.0, "group_size": 4,
+                "max_new_tokens": 26, "joint_norm": True, "layers": "2-3", "a_setting_of_later_versions": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings, default=str))
+    evaluation.main(["--explain", str(tmp_path)])
+    printed = capsys.readouterr().out
+    totals, advantages = explained(printed)
+    assert set(totals) == set(advantages) == {"S1", "S2", "T1", "T2"}
+    mean = np.mean([R for *_, R in totals.values()])  # one joint mean
+    for name, (base, alpha, rep, beta, beh, R) in totals.items():
+        assert (alpha, beta) == (0.5, 2.0) and base + 0.5 * rep + 2 * beh == pytest.approx(R, abs=0.003)
+        assert name[0] == "S" or rep == beh == 0
+        assert advantages[name] == (R, pytest.approx(mean, abs=0.002), pytest.approx(R - mean, abs=0.002))
+    rows = re.findall(r"layer 2 ([\d.]+)  layer 3 ([\d.]+)   mean of 2 layers ([\d.]+)", printed)
+    assert len(rows) == 2 or "none: 0" in printed
+    for row in rows:
+        two, three, both = map(float, row)
+        assert (two + three) / 2 == pytest.approx(both, abs=0.001)
+
+
+def test_checkpoint_older_than_a_setting_has_its_default(tmp_path):
+    cfg = Config(out=str(tmp_path), resume="last")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    tars.save_checkpoint(optimizer, torch.Generator(), 3, {"speech": 0.0, "text": 1.0}, cfg)
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    with tars.safe_open(file, "pt") as tensors:
+        metadata = json.loads(tensors.metadata()["tars"])
+    del metadata["config"]["layers"]
+    tars.save_file(load_file(file), file, {"tars": json.dumps(metadata)})
+    assert tars.find_checkpoint(cfg)[0] == file and set(load_file(file)) == {"trained.0", "generator.0"}
+    with pytest.raises(tars.UserError, match="made with another layers"):
+        tars.find_checkpoint(dataclasses.replace(cfg, layers="1-2"))
 
 
 # ======================================================================================================================
@@ -1538,7 +1642,7 @@ def test_stopped_by_a_signal_saves_and_says_how_to_go_on(small_demo, uninterrupt
     wait_for_steps(process, out, 1)
     process.send_signal(number)
     _, errors = process.communicate()
-    assert process.returncode == 130 and list((out / "checkpoints").iterdir()) and "--resume goes on there" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and list((out / "checkpoints").iterdir()) and "with --resume continues" in errors and "Traceback" not in errors
     if number == signal.SIGTERM:
         run(*long_flags(small_demo, out), "--resume")
         same_run(out, uninterrupted)
@@ -1657,10 +1761,10 @@ def test_odd_but_readable_clips_are_read():
     (["--temperature", "0"], "--temperature 0"), (["--steps", "2", "--tokens-per-micro-batch", "0"], "--tokens-per-micro-batch 0"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
     (["--questions-per-step", "0"], "--questions-per-step 0"), (["--lora-rank", "0"], "--lora-rank 0"), (["--save-every", "0"], "--save-every 0"),
     (["--layers", "deep"], "--layers deep"), (["--layers", "0-2"], "--layers 0-2"), (["--extractor", "no/such"], "--extractor no/such"),
-    (["--model", "no/such/model"], "no usable checkpoint"), (["--layers", "3-9"], "--layers 3-9"), (["--embedder", "no/such"], "--embedder no/such"),
-    (["--temperature", "-1"], "--temperature -1"), (["--group-size", "5"], "--group-size 5"), (["--resume"], "no checkpoint to go on from"),
-    (["--eval-data", "FILE"], "FILE is no data set"), (["--data", "DEMO"], "several|no data set"), (["--model", "EMPTY"], "no usable checkpoint"),
-    (["--model", "NOTOKENIZER"], "no usable checkpoint"), (["--model", "BROKEN"], "no usable checkpoint"),
+    (["--model", "no/such/model"], "no usable model"), (["--layers", "3-9"], "--layers 3-9"), (["--embedder", "no/such"], "--embedder no/such"),
+    (["--temperature", "-1"], "--temperature -1"), (["--group-size", "5"], "--group-size 5"), (["--resume"], "no checkpoint to continue from"),
+    (["--eval-data", "FILE"], "FILE is no data set"), (["--data", "DEMO"], "several|no data set"), (["--model", "EMPTY"], "no usable model"),
+    (["--model", "NOTOKENIZER"], "no usable model"), (["--model", "BROKEN"], "no usable model"),
 ], ids=str)
 def test_bad_settings_say_what_to_do(small_demo, tmp_path, flags, says):
     (tmp_path / "empty").mkdir()
@@ -1708,7 +1812,7 @@ def test_injected_answers_and_control_tokens_earn_nothing(lm, questions):
     assert extract_answer("<think>x</think><answer>The answer is D.</answer>", evil["options"]) == "D"
     end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(lm.family.end_of_turn[0])]
     prompts = lm.embed([questions[0] | evil])
-    assert int((prompts.embeds[0, 1] == end).all(-1).sum()) == 2  # the template's own
+    assert int((prompts[0][1] == end).all(-1).sum()) == 2  # the template's own
 
 
 RANKED = """
@@ -1804,7 +1908,8 @@ def straightforward_rollout(lm, prompts, repeats, cfg):
     """Answers as transformers samples them: speech first, then text, every sample with a copy of its prompt."""
     rows = []
     for m in range(2):
-        ids = lm.model.generate(inputs_embeds=prompts.embeds[:, m], attention_mask=prompts.mask[:, m], do_sample=True, temperature=cfg.temperature,
+        embeds, present = pad_left([question[m] for question in prompts])
+        ids = lm.model.generate(inputs_embeds=embeds, attention_mask=present, do_sample=True, temperature=cfg.temperature,
                                 top_k=0, top_p=1.0, num_return_sequences=repeats, max_new_tokens=cfg.max_new_tokens,
                                 eos_token_id=lm.eos_ids.tolist(), pad_token_id=lm.pad_id, suppress_tokens=lm.placeholder_ids.tolist())
         rows.append(torch.nn.functional.pad(ids, (0, cfg.max_new_tokens - ids.shape[1]), value=lm.pad_id).view(-1, repeats, cfg.max_new_tokens))
@@ -1821,14 +1926,18 @@ def straightforward_batch(lm, questions, cfg, parameters, completions=None):
     """
     half = cfg.group_size // 2
     ids, mask, truncated = completions or straightforward_rollout(lm, lm.embed(questions), half, cfg)
-    texts = tars.score_texts(lm, questions, ids, mask, NGramEmbedder(), tars.extract_answers, cfg, torch.Generator().manual_seed(0))
+    completions = lm.detokenize(ids, mask)
+    _, acc, fmt = judge(questions, completions, tars.extract_answers)
+    base, correct = base_reward(acc, fmt, cfg.lam).view(truncated.shape), acc.view(truncated.shape)[:, 1] == 1
+    references = pick_references(correct, torch.Generator().manual_seed(0))
+    sentences = NGramEmbedder().embed(completions).unflatten(0, truncated.shape)  # [B, 2, G/2, D]
     flat = ids.flatten(0, 2)  # [R, C] with R = B * 2 * G/2
 
     def logps(**kwargs):
-        prompts = lm.embed(questions).rows()
-        P = prompts.mask.shape[-1]
-        embeds = torch.cat([prompts.embeds.repeat_interleave(half, 0), lm.embed_tokens(flat)], 1)  # [R, P + C, H]
-        present = torch.cat([prompts.mask.repeat_interleave(half, 0), mask.flatten(0, 2)], 1)
+        prompt, prompt_mask = pad_left([prompt for question in lm.embed(questions) for prompt in question])
+        P = prompt.shape[1]
+        embeds = torch.cat([prompt.repeat_interleave(half, 0), lm.embed_tokens(flat)], 1)  # [R, P + C, H]
+        present = torch.cat([prompt_mask.repeat_interleave(half, 0), mask.flatten(0, 2)], 1)
         output = lm.decoder(inputs_embeds=embeds, attention_mask=present, position_ids=tars.positions(present), use_cache=False, **kwargs)
         logits = lm.model.lm_head(output.last_hidden_state).float()  # [R, P + C, V]
         logits[..., lm.placeholder_ids] = -math.inf
@@ -1840,10 +1949,14 @@ def straightforward_batch(lm, questions, cfg, parameters, completions=None):
         _, states = logps(output_hidden_states=True)
     pooled = torch.stack([pool_hidden_states(layer, mask.flatten(0, 2)) for layer in states[1:]], 1)  # [R, L, H]
     pooled = pooled.unflatten(0, ids.shape[:3])
-    rep = against_references(representation_reward, pooled, texts.references)
-    rewards = texts.base.clone()
-    rewards[:, 0] = total_reward(texts.base[:, 0], rep, texts.beh, cfg.alpha, cfg.beta)
-    loss = grpo_loss(logps()[0], old, modality_advantages(rewards).flatten(), (mask * ~truncated[..., None]).flatten(0, 2), cfg.eps_low, cfg.eps_high)
+    rewards = base.clone()
+    for b in range(len(questions)):
+        for s in range(half):
+            if (r := references[b, s]) >= 0:
+                near = representation_reward(pooled[b, 0, s], pooled[b, 1, r]), behavior_reward(sentences[b, 0, s], sentences[b, 1, r])
+                rewards[b, 0, s] = total_reward(base[b, 0, s], *near, cfg.alpha, cfg.beta)
+    learnt = (mask * ~truncated[..., None]).flatten(0, 2)
+    loss = grpo_loss(logps()[0], old, modality_advantages(rewards).flatten(), learnt, cfg.eps_low, cfg.eps_high)
     return torch.autograd.grad(loss, parameters)
 
 
@@ -1864,8 +1977,13 @@ def test_speed_of_a_step(small_demo):
     lm, questions, cfg, optimizer = demo_step(small_demo)
     parameters, half = optimizer.param_groups[0]["params"], cfg.group_size // 2
     prompts, plain = lm.embed(questions), dataclasses.replace(cfg, alpha=0.0, beta=0.0)
-    seeded = lambda: torch.Generator().manual_seed(0)
-    step = lambda cfg: train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, seeded())
+
+    def seeded():
+        return torch.Generator().manual_seed(0)
+
+    def step(cfg):
+        return train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, seeded())
+
     seconds = alternate(40, tars=lambda: step(cfg), grpo=lambda: step(plain))
     seconds |= alternate(15, step=lambda: step(cfg), straightforward=lambda: straightforward_batch(lm, questions, cfg, parameters))
     seconds |= alternate(15, rollout=lambda: lm.rollout(prompts, half, cfg.max_new_tokens, 1.0, seeded()),
@@ -1886,9 +2004,9 @@ def forward_backward(lm, prompts, ids, mask):
 def prefix_case(lm, P=600, half=4, C=100):
     """Two prompts of P tokens with G/2 answers of C: one row a prompt, and the same on separate rows."""
     generator = torch.Generator().manual_seed(0)
-    prompts = tars.Prompts(torch.randn(2, P, 128, generator=generator), torch.ones(2, P, dtype=torch.long))
-    ids, mask = torch.randint(20, 30, (2, half, C), generator=generator), torch.ones(2, half, C, dtype=torch.long)
-    separate = tars.Prompts(*(x.repeat_interleave(half, 0) for x in prompts)), ids.view(-1, 1, C), mask.view(-1, 1, C)
+    prompts = [[prompt] for prompt in torch.randn(2, P, 128, generator=generator)]
+    ids, mask = torch.randint(20, 30, (2, 1, half, C), generator=generator), torch.ones(2, 1, half, C, dtype=torch.long)
+    separate = [prompt for prompt in prompts for _ in range(half)], ids.view(-1, 1, 1, C), mask.view(-1, 1, 1, C)
     return {"shared": (prompts, ids, mask), "separate": separate}
 
 
