@@ -5,9 +5,9 @@
   python eval.py --cascade openai/whisper-medium              # + Whisper transcribes, the model answers the transcript
   python eval.py --asr                                        # word error rate of the model as a transcriber
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
-  python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy and MRR over training steps
+  python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy, MRR over steps; where time went
   python eval.py --explain                                    # one group worked through, equation by equation
-  python eval.py --explain RUN                                # the same with the settings of a run
+  python eval.py --explain RUN                                # the same with the settings and the adapter of a run
   python eval.py --random-weights Qwen/Qwen2.5-Omni-7B        # two steps on noise: seconds and memory, no download
 
 Accuracies come with their 95 % Wilson intervals. Answers are greedy; each is kept in --out, one JSON line a question
@@ -395,7 +395,7 @@ def save(figure, path):
 
 
 # ======================================================================================================================
-# 6. --explain: one group worked through as on paper
+# 6. --explain: one group worked through, equation by equation
 # ======================================================================================================================
 def recorded(function, results):
     """The same function; what it returns is also appended to `results`."""
@@ -410,12 +410,13 @@ def recorded(function, results):
 def explain(args):
     """What one training step computes for the first question, each equation with its numbers, within 100 columns.
 
-    The settings are those of the run args.explain, else of the model; an adapter that the run has saved is loaded.
+    Settings, and the adapter once it is saved, are those of the run args.explain; without one, those of args.model.
     """
     cfg = settings_of(args.explain) if args.explain else parse_config(["--model", args.model], not_built)
     lm, question = SpeechLM.from_pretrained(cfg.model), load_questions(cfg.data)[0]
     embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
-    if (Path(args.explain) / "adapter_config.json").exists():
+    trained = args.explain and (Path(args.explain) / "adapter_config.json").exists()
+    if trained:
         load_adapter(lm, args.explain)
     else:
         attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
@@ -433,7 +434,7 @@ def explain(args):
 
     print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}\n"
           f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
-          "to the written one.")
+          "to the written one." + (f"\nThe adapter of {args.explain} is loaded." if trained else ""))
     show("The model answers G times, half from speech, half from text", "rollout",
          [f"  {n}  {textwrap.shorten(a['completion'], 94, placeholder=' ...')}" for n, a in answers.items()])
     show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
@@ -446,10 +447,10 @@ def explain(args):
         used = weights.nonzero()[:, 0].tolist()
         y_star = reference_features(states, torch.tensor([[a["reference"] for a in speech]], device=lm.device))
         alone = torch.eye(len(weights), device=lm.device)  # [L, L], the weights that take one layer alone
-        by_layer = {l: representation_reward(states, y_star, alone[l])[0, 0].tolist()
-                    for l in sorted({used[0], used[len(used) // 2], used[-1]})}
+        by_layer = {layer: representation_reward(states, y_star, alone[layer])[0, 0].tolist()
+                    for layer in sorted({used[0], used[len(used) // 2], used[-1]})}
         show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
-             [f"{pair}  " + "  ".join(f"layer {l + 1} {cosines[s]:.3f}" for l, cosines in by_layer.items()) +
+             [f"{pair}  " + "  ".join(f"layer {layer + 1} {cosines[s]:.3f}" for layer, cosines in by_layer.items()) +
               f"   mean of {len(used)} layers {speech[s]['rep']:.3f}" for s, pair in enumerate(pairs)])
     if cfg.beta:
         show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
@@ -574,7 +575,7 @@ def main(arguments=None):
         ("--model", "runs/demo/model", "base model"),
         ("--out", "runs/eval", "where every answer is kept"),
         ("--limit", 0, "only the first so many questions of each data set; 0 means all"),
-        ("--extractor", "regex", "who reads an answer's letter"),
+        ("--extractor", "regex", "answer extractor, `regex` or an xFinder model"),
     ):
         parser.add_argument(flag, default=default, type=type(default), metavar="", help=f"{help} [{default}]")
     for flag, kind, help in (
@@ -583,10 +584,10 @@ def main(arguments=None):
         ("--base-text-accuracy", float, "MRR's denominator in percent [the base model's, measured]"),
         ("--cascade", str, "a Whisper model that transcribes the clips for the base model's text branch"),
         ("--plot", str, "file of the figure, such as layers.png"),
-        ("--random-weights", str, "two training steps of this architecture on noise; with the five flags below"),
-        ("--questions-per-step", int, "B [8]"),
-        ("--group-size", int, "G [8]"),
-        ("--tokens-per-micro-batch", int, "[16384]"),
+        ("--random-weights", str, "two training steps of this architecture on noise: seconds a phase, peak memory"),
+        ("--questions-per-step", int, "with --random-weights: B [8]"),
+        ("--group-size", int, "with --random-weights: G [8]"),
+        ("--tokens-per-micro-batch", int, "with --random-weights: as in tars.py [16384]"),
     ):
         parser.add_argument(flag, type=kind, metavar="", help=help)
     for flag, help in (("--adapter", "--out directories of tars.py [runs/tars with the demo's model]"),
@@ -594,7 +595,8 @@ def main(arguments=None):
         parser.add_argument(flag, nargs="+", metavar="", help=help)
     for flag, help in (("--asr", "measure the model as a transcriber"), ("--layers", "Figure 2")):
         parser.add_argument(flag, action="store_true", help=help)
-    parser.add_argument("--audio-seconds", type=float, default=60.0, metavar="", help="length of the noise [60]")
+    parser.add_argument("--audio-seconds", type=float, default=60.0, metavar="",
+                        help="with --random-weights: length of the noise clips; the paper's take 73 s on average [60]")
     parser.add_argument("--explain", nargs="?", const="", metavar="RUN", help="one group, equation by equation")
     args = parser.parse_args(arguments)
     if args.random_weights:
@@ -618,7 +620,7 @@ def main(arguments=None):
 
 def not_built(folder):
     """parse_config would build the demo here; measuring needs one that was trained."""
-    raise UserError(f"{folder} is not there yet: run `python tars.py` first, or give --model")
+    raise UserError(f"{folder} does not exist: run `python tars.py` first, or give --model")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ close in its hidden states, and close in what it says. This reference comes from
 Advantages are centred within each modality, and a GRPO step with DAPO's clipping updates LoRA weights of the LLM. The
 dense rewards matter because they still differ when every spoken answer of a group is wrong.
 
-  one question       one group                   reward                                 advantage
-  spoken prompt -->  G/2 spoken answers  -->  R_base + alpha R_rep + beta R_beh  -->  R - mean of speech --+
-                                                        ^ states     ^ text                                +--> loss
-                         a correct one is y* -----------+------------+                                     |
-  written prompt --> G/2 written answers -->  R_base                             -->  R - mean of text ----+
+  spoken prompt  -->  G/2 spoken answers   -->  R_base + alpha R_rep + beta R_beh  -->  R - mean of speech  --+
+                                                         (states)     (text)                                  |
+                                                            ^            ^                                    +--> loss
+                                 y*, a correct one  --------+------------+                                    |
+                                       ^                                                                      |
+  written prompt -->  G/2 written answers  -->  R_base                             -->  R - mean of text    --+
 
 B questions, M modalities (0 speech, 1 text), G samples of a question (G/2 per modality), P prompt and C completion
 tokens, T tokens, N rows of any kind, L layers, H hidden size, V vocabulary, D size of a sentence embedding.
@@ -137,7 +138,7 @@ class Config:
 
 # ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ========================
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
-    """Eq. (1): how much of its text backbone's accuracy in writing a model reaches in speech. Two numbers -> percent.
+    """Eq. (1): speech accuracy as a share of what the original text backbone reaches in writing; numbers -> percent.
     The denominator is fixed: the base model before training, not the trained policy.
     MRR = Acc_speech(model) / Acc_text(base) * 100 %
     """
@@ -177,24 +178,6 @@ def pool_hidden_states(hidden, completion_mask):
     return (hidden * mask).sum(-2) / mask.sum(-2).clamp(min=1)
 
 
-def representation_reward(speech, text, weights=None):
-    """Eq. (5): how near the hidden states of a spoken answer are to its reference's. Pooled [..., L, H] twice -> [...].
-    All L transformer layers count alike, the embedding output does not count.
-    With `weights` [L], which sum to 1, the mean is weighted (layer bands of Figure 3).
-    R_rep = (1 / L) sum_l cos(h_bar_speech^(l), h_bar_text^(l))
-    """
-    cosines = F.cosine_similarity(speech, text, dim=-1)  # [..., L]
-    return cosines.mean(-1) if weights is None else cosines @ weights
-
-
-def behavior_reward(speech, text):
-    """Eq. (6): how near a spoken answer is in meaning to its reference. Sentence embeddings [..., D] twice -> [...].
-    E embeds the whole completion, thought and answer.
-    R_beh = cos(E(y_speech), E(y*_text))
-    """
-    return F.cosine_similarity(speech, text, dim=-1)
-
-
 def pick_references(text_correct, generator=None):
     """y*_text of Eq. (5) and (6): for each spoken answer a correct written answer of its group, drawn at random.
     text_correct: bool [B, G/2] -> index of a written answer, long [B, G/2]; -1 in a group without a correct one.
@@ -217,8 +200,26 @@ def reference_features(features, references):
     return chosen
 
 
+def representation_reward(speech, text, weights=None):
+    """Eq. (5): how near the hidden states of a spoken answer are to its reference's. Pooled [..., L, H] twice -> [...].
+    All L transformer layers count alike; the embedding output does not count.
+    `weights` [L], which sum to 1, make the mean a weighted one (layer bands of Figure 3).
+    R_rep = (1 / L) sum_l cos(h_bar_speech^(l), h_bar_text^(l))
+    """
+    cosines = F.cosine_similarity(speech, text, dim=-1)  # [..., L]
+    return cosines.mean(-1) if weights is None else cosines @ weights
+
+
+def behavior_reward(speech, text):
+    """Eq. (6): how near a spoken answer is in meaning to its reference. Sentence embeddings [..., D] twice -> [...].
+    E embeds the whole completion, thought and answer.
+    R_beh = cos(E(y_speech), E(y*_text))
+    """
+    return F.cosine_similarity(speech, text, dim=-1)
+
+
 def modality_advantages(rewards, joint=False):
-    """Eq. (7): how much better an answer is than its group's answers in the same modality. [B, M, G/2] -> same.
+    """Eq. (7): how much better an answer is than its group's answers in the same modality. Both [B, M, G/2].
     GRPO would take the mean of the whole group and divide by its standard deviation.
     With one joint mean (`joint`) the modality with the higher mean reward gets positive advantages as a whole: text
     under R_base, speech once R_rep and R_beh are added.
@@ -324,7 +325,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
 
 
 def judge(questions, completions, extract):
-    """What answers choose and earn: letters (None where none is found), R_acc and R_fmt of Eq. (3).
+    """The letters that answers choose (None where none is found), R_acc and R_fmt of Eq. (3).
     B questions, B * n completions in the questions' order -> B * n letters, float [B, n], float [B, n].
     """
     n = len(completions) // len(questions)
@@ -513,13 +514,13 @@ def shared_prompt_row(prompt_mask, completion_mask):
     prompt_mask [N, P], completion_mask [N, G/2, C]. The prompt is computed once, and no answer sees a sibling. With a
     prompt of 2 tokens p and 2 answers of 2 tokens, a and b:
 
-        query\\key  p p a a b b     position
-        p          1 . . . . .        0
-        p          1 1 . . . .        1
-        a          1 1 1 . . .        2
-        a          1 1 1 1 . .        3
-        b          1 1 . . 1 .        2
-        b          1 1 . . 1 1        3
+        query  key: p p a a b b   position
+        p           1 . . . . .   0
+        p           1 1 . . . .   1
+        a           1 1 1 . . .   2
+        a           1 1 1 1 . .   3
+        b           1 1 . . 1 .   2
+        b           1 1 . . 1 1   3
     """
     (_, samples, C), P = completion_mask.shape, prompt_mask.shape[1]
     step = torch.arange(C, device=prompt_mask.device)

@@ -1,7 +1,14 @@
-"""Tests of tars.py: every equation by numbers worked out by hand and by float64 loops, and every trap of RL on speech.
+"""Tests in the order of tars.py: settings, equations, step, model, LoRA, evaluate and train; then what a run needs.
 
-`python -m pytest -q` runs them all on two CPU cores in under five minutes, offline. The model under test is a tiny
-random Qwen2.5-Omni thinker saved in the hub's layout, read by the code that reads the 7B.
+How they are built. An equation's test has numbers worked out by hand, in a comment beside them, and a float64 loop in
+plain Python over random numbers. The model's tests compare with a plain forward of transformers, one row at a time, and
+the step's with the step as one would write it first (`straightforward_step`). Every trap of RL on speech that somebody
+fell into has a test. The model is a tiny random checkpoint of each family on disk, in the hub's layout, loaded by the
+code that loads the 7B; a test that takes `lm` runs for both families.
+
+  python -m pytest -q                              # all, on two CPU cores, offline, in under five minutes
+  python -m pytest -q -k eq5                       # one equation: eq1 ... eq7, loss, step
+  TARS_SLOW=1 python -m pytest -q -s -k speed      # the ratios of README's "Speed"
 """
 
 import dataclasses
@@ -95,7 +102,28 @@ def random_(*shape, seed=0):
 
 
 # ======================================================================================================================
-# Equations
+# 1. Config
+# ======================================================================================================================
+def test_defaults_are_the_papers():
+    cfg = Config()
+    assert (cfg.group_size, cfg.questions_per_step, cfg.temperature, cfg.max_new_tokens) == (8, 8, 1.0, 1024)
+    assert (cfg.alpha, cfg.beta, cfg.lam, cfg.eps_low, cfg.eps_high) == (1.0, 1.0, 0.5, 0.2, 0.28)
+    assert (cfg.lr, cfg.warmup, cfg.weight_decay, cfg.max_grad_norm, cfg.epochs) == (2e-5, 0.01, 0.01, 1.0, 3)
+    assert (cfg.lora_rank, cfg.lora_alpha, cfg.layers, cfg.joint_norm, cfg.updates_per_rollout) == (8, 32, "all", False, 1)
+
+
+def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
+    (tmp_path / "tars_config.json").write_text(json.dumps({"lr": 0.5, "steps": 7, "data": "../train"}))
+    cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"], None)
+    assert (cfg.lr, cfg.steps, cfg.group_size, cfg.joint_norm, cfg.gradient_checkpointing) == (0.25, 7, 8, True, False)
+    assert cfg.data == str(tmp_path.parent / "train")
+    (tmp_path / "tars_config.json").write_text(json.dumps({"micro": 0.5}))
+    with pytest.raises(tars.UserError, match="tars_config.json has the unknown setting.* micro"):
+        tars.parse_config(["--model", str(tmp_path)], None)
+
+
+# ======================================================================================================================
+# 2. The equations
 # ======================================================================================================================
 def test_eq1_mrr_reproduces_the_papers_table_1():
     # Table 1, Avg A of each model; the denominators are the original backbones on text, 77.70 and 79.44.
@@ -115,6 +143,23 @@ def test_eq3_base_reward_by_hand():
     acc, fmt = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
     assert base_reward(acc, fmt).tolist() == [1.5, 1.0, 0.5, 0.0]
     assert base_reward(acc, fmt, lam=0.2)[0].item() == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("completion, reward", [
+    ("<think>a</think><answer>The answer is B.</answer>", 1),
+    ("<think>a\nb</think>\n<answer>So: The answer is D: because</answer>", 1),
+    ("<think></think><answer>The answer is C, yes</answer>", 1),
+    (" <think>a</think><answer>The answer is B.</answer>", 0),  # does not start with the tag
+    ("<think>a</think><answer>The answer is B.</answer> ok", 0),  # does not end with it
+    ("<think>a</think><answer>The answer is B</answer>", 0),  # no mark after the letter
+    ("<think>a</think><answer>The answer is E.</answer>", 0),
+    ("<think>a</think> so <answer>The answer is B.</answer>", 0),
+    ("<think>a<answer>The answer is B.</answer>", 0),
+    ("The answer is B.", 0),
+    ("", 0),
+])
+def test_format_reward(completion, reward):
+    assert format_reward(completion) == reward
 
 
 def test_eq4_pooling_by_hand_and_by_loop():
@@ -158,6 +203,30 @@ def test_eq6_behavior_reward_by_hand_and_by_loop():
         assert behavior_reward(speech, text)[i].item() == pytest.approx(cos(speech[i], text[i]))
 
 
+def test_references_are_correct_random_and_of_the_same_group():
+    correct = torch.tensor([[False, True, False, True], [False, False, False, False], [True, False, False, False]])
+    drawn = torch.stack([pick_references(correct, torch.Generator().manual_seed(i)) for i in range(400)])  # [400, 3, 4]
+    assert set(drawn[:, 0].unique().tolist()) == {1, 3}
+    assert (drawn[:, 1] == -1).all() and (drawn[:, 2] == 0).all()
+    assert 0.45 < (drawn[:, 0] == 1).double().mean() < 0.55  # 1600 draws: 4 standard errors are 0.05
+    assert (drawn[:, 0, 0] != drawn[:, 0, 1]).any()  # each spoken answer has a draw of its own
+
+
+def test_reference_features_are_the_drawn_written_answers_and_zero_without_one():
+    features = random_(2, 2, 3, 5)  # [B, M, G/2, D]
+    references = torch.tensor([[2, 0, 2], [-1, -1, -1]])
+    chosen = reference_features(features, references)
+    reward = behavior_reward(features, chosen)
+    for s in range(3):
+        assert torch.equal(chosen[0, 0, s], features[0, 1, references[0, s]])
+        assert reward[0, 0, s].item() == pytest.approx(cos(features[0, 0, s], features[0, 1, references[0, s]]))
+        assert reward[1, 0, s].item() == reward[0, 1, s].item() == reward[1, 1, s].item() == 0.0
+    states = random_(2, 2, 3, 4, 5)  # [B, M, G/2, L, H]
+    reward = representation_reward(states, reference_features(states, references))
+    assert reward[0, 0, 1].item() == pytest.approx(sum(cos(states[0, 0, 1, l], states[0, 1, 0, l]) for l in range(4)) / 4)
+    assert (reward[:, 1] == 0).all() and (reward[1] == 0).all()
+
+
 def test_eq7_advantages_by_hand_and_by_loop():
     # speech 0, 2 has mean 1; text 3, 3 has mean 3. The joint mean is 2 and would push speech down as a whole.
     rewards = torch.tensor([[[0.0, 2.0], [3.0, 3.0]]])
@@ -171,6 +240,16 @@ def test_eq7_advantages_by_hand_and_by_loop():
                 group = rewards[b].flatten().tolist() if joint else rewards[b, m].tolist()
                 for s in range(4):
                     assert advantages[b, m, s].item() == pytest.approx(rewards[b, m, s].item() - sum(group) / len(group))
+
+
+def test_loss_weights_by_hand():
+    # Three completion tokens in two answers: each weighs 1/3, padding nothing. With the second answer cut, two tokens are
+    # left, and each weighs 1/2. Of a batch of ten tokens each weighs 1/10.
+    mask, cut = torch.tensor([[1, 1], [1, 0]]), torch.tensor([False, True])
+    assert token_weights(mask).tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
+    assert token_weights(mask, truncated=cut).tolist() == [[0.5, 0.5], [0, 0]]
+    assert token_weights(mask, 10).tolist() == [pytest.approx([0.1, 0.1]), pytest.approx([0.1, 0])]
+    assert token_weights(mask, truncated=torch.tensor([True, True])).sum() == 0  # and no division by zero
 
 
 def loss_by_loop(logps, old, advantages, mask, low, high):
@@ -228,208 +307,8 @@ def test_loss_has_any_leading_dimensions():
     assert grpo_loss(logps, old, advantages, mask).item() == pytest.approx(flat)
 
 
-def test_loss_weights_by_hand():
-    # Three completion tokens in two answers: each weighs 1/3, padding nothing. With the second answer cut, two tokens are
-    # left, and each weighs 1/2. Of a batch of ten tokens each weighs 1/10.
-    mask, cut = torch.tensor([[1, 1], [1, 0]]), torch.tensor([False, True])
-    assert token_weights(mask).tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
-    assert token_weights(mask, truncated=cut).tolist() == [[0.5, 0.5], [0, 0]]
-    assert token_weights(mask, 10).tolist() == [pytest.approx([0.1, 0.1]), pytest.approx([0.1, 0])]
-    assert token_weights(mask, truncated=torch.tensor([True, True])).sum() == 0  # and no division by zero
-
-
 # ======================================================================================================================
-# Rewards on text
-# ======================================================================================================================
-@pytest.mark.parametrize("completion, reward", [
-    ("<think>a</think><answer>The answer is B.</answer>", 1),
-    ("<think>a\nb</think>\n<answer>So: The answer is D: because</answer>", 1),
-    ("<think></think><answer>The answer is C, yes</answer>", 1),
-    (" <think>a</think><answer>The answer is B.</answer>", 0),  # does not start with the tag
-    ("<think>a</think><answer>The answer is B.</answer> ok", 0),  # does not end with it
-    ("<think>a</think><answer>The answer is B</answer>", 0),  # no mark after the letter
-    ("<think>a</think><answer>The answer is E.</answer>", 0),
-    ("<think>a</think> so <answer>The answer is B.</answer>", 0),
-    ("<think>a<answer>The answer is B.</answer>", 0),
-    ("The answer is B.", 0),
-    ("", 0),
-])
-def test_format_reward(completion, reward):
-    assert format_reward(completion) == reward
-
-
-OPTIONS = ["a cat", "because", "Dublin.", "forty two"]
-
-
-@pytest.mark.parametrize("completion, letter", [
-    ("<think>A or D?</think><answer>The answer is B.</answer>", "B"),
-    ("The answer is (C).", "C"),
-    ("The answer is: D", "D"),
-    ("<answer>Option C</answer>", "C"),
-    ("<answer>B</answer>", "B"),
-    ("(B).", "B"),
-    ("<answer>The answer is Dublin.</answer>", "C"),
-    ("The answer is dublin", "C"),
-    ("The answer is because of D.", None),  # VoiceBench's cascade reads B here
-    ("The answer is a dog.", None),  # an article, no option
-    ("The answer is B. No, the answer is C.", None),  # two letters: no guess
-    ("<think>The answer is B.</think><answer>I cannot tell</answer>", None),
-    ("The answer is Better.", None),
-    ("The answer is **B**.", "B"),
-    ("The answer is A or B.", None),
-    ("The answer is A, as option A says.", "A"),
-    ("The answer is not B.", None),
-    ("", None),
-])
-def test_extract_answer(completion, letter):
-    assert extract_answer(completion, OPTIONS) == letter
-
-
-def test_extract_answer_does_not_choose_between_equal_options():
-    assert extract_answer("The answer is red.", ["red", "red", "blue", "green"]) is None
-
-
-def test_references_are_correct_random_and_of_the_same_group():
-    correct = torch.tensor([[False, True, False, True], [False, False, False, False], [True, False, False, False]])
-    drawn = torch.stack([pick_references(correct, torch.Generator().manual_seed(i)) for i in range(400)])  # [400, 3, 4]
-    assert set(drawn[:, 0].unique().tolist()) == {1, 3}
-    assert (drawn[:, 1] == -1).all() and (drawn[:, 2] == 0).all()
-    assert 0.45 < (drawn[:, 0] == 1).double().mean() < 0.55  # 1600 draws: 4 standard errors are 0.05
-    assert (drawn[:, 0, 0] != drawn[:, 0, 1]).any()  # each spoken answer has a draw of its own
-
-
-def test_reference_features_are_the_drawn_written_answers_and_zero_without_one():
-    features = random_(2, 2, 3, 5)  # [B, M, G/2, D]
-    references = torch.tensor([[2, 0, 2], [-1, -1, -1]])
-    chosen = reference_features(features, references)
-    reward = behavior_reward(features, chosen)
-    for s in range(3):
-        assert torch.equal(chosen[0, 0, s], features[0, 1, references[0, s]])
-        assert reward[0, 0, s].item() == pytest.approx(cos(features[0, 0, s], features[0, 1, references[0, s]]))
-        assert reward[1, 0, s].item() == reward[0, 1, s].item() == reward[1, 1, s].item() == 0.0
-    states = random_(2, 2, 3, 4, 5)  # [B, M, G/2, L, H]
-    reward = representation_reward(states, reference_features(states, references))
-    assert reward[0, 0, 1].item() == pytest.approx(sum(cos(states[0, 0, 1, l], states[0, 1, 0, l]) for l in range(4)) / 4)
-    assert (reward[:, 1] == 0).all() and (reward[1] == 0).all()
-
-
-def test_judge_pairs_completions_with_their_questions():
-    questions = [{"options": OPTIONS, "answer_index": 1}, {"options": OPTIONS, "answer_index": 3}]
-    right, wrong = "<think>x</think><answer>The answer is {}.</answer>", "The answer is {}."
-    completions = [right.format("B"), wrong.format("B"), right.format("D"), wrong.format("B"), right.format("D"), "None of it"]
-    letters, acc, fmt = judge(questions, completions, tars.extract_answers)
-    assert letters == ["B", "B", "D", "B", "D", None]
-    assert acc.tolist() == [[1, 1, 0], [0, 1, 0]] and fmt.tolist() == [[1, 0, 1], [0, 1, 0]]
-
-
-def test_ngram_embedder_by_hand():
-    # "a b" has the words a, b and the pair "a b"; "a c" shares one of three: cosine 1 / 3.
-    same, other, far = NGramEmbedder().embed(["a b", "a c", "x y"])
-    assert same.norm().item() == pytest.approx(1)
-    assert (same @ other).item() == pytest.approx(1 / 3, abs=1e-6) and (same @ far).item() == 0
-    # "a a" has the word a twice and the pair "a a" once, "a" the word once: 2 / sqrt(2 * 2 + 1 * 1).
-    twice, once = NGramEmbedder().embed(["a a", "a"])
-    assert (twice @ once).item() == pytest.approx(2 / math.sqrt(5), abs=1e-6)
-
-
-def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint, tmp_path):
-    tokenizer = tars.AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))])
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, head_dim=8)
-    torch.manual_seed(0)
-    model = Qwen3Model(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    texts = ["<think>one plus two is three", "<think>one", "<think>one plus two is three. three"]
-    vectors = SentenceEmbedder(str(tmp_path), "cpu").embed(texts)
-    for vector, text in zip(vectors, texts):
-        with torch.no_grad():
-            last = model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0, -1]
-        torch.testing.assert_close(vector, last / last.norm(), atol=1e-5, rtol=0)
-    tars.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)  # one that ends no text
-    with pytest.raises(tars.UserError, match="endoftext"):
-        tars.load_embedder(Config(embedder=str(tmp_path)), "cpu")
-
-
-def test_xfinder_reads_a_letter_or_an_option_and_never_guesses():
-    for said, letter in (("B", "B"), (" c.\n", "C"), ("A cat", "A"), ("dublin", "C"), ("forty two.", "D"), ("E", None), ("", None),
-                         ("[No valid answer]", None), ("B or C", None)):
-        assert tars.XFinder.letter(said, OPTIONS) == letter
-    assert tars.XFinder.letter("red", ["red", "red", "b", "d"]) is None
-
-
-def test_xfinder_prompt_and_batch_through_a_tiny_model(tmp_path):
-    tokenizer = evaluation.byte_tokenizer(Qwen25Omni)
-    tokenizer.pad_token = "<|endoftext|>"
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=1))
-    for piece in (model, tokenizer):
-        piece.save_pretrained(tmp_path)
-    extract = tars.load_extractor(Config(extractor=str(tmp_path), aux_device="cpu"), "meta")
-    questions = [{"question": "Who {is} it?", "options": OPTIONS}, {"question": "Why?", "options": OPTIONS}]
-    seen = []
-    generate = extract.model.generate
-    extract.model.generate = lambda **inputs: seen.append(inputs) or generate(**inputs | {"max_new_tokens": 2})
-    assert extract(questions, ["The answer is B.", "No."]) == [None, None]  # random weights say nothing of use
-    assert tokenizer.batch_decode(seen[0]["input_ids"], skip_special_tokens=True)[0] == (
-        "<|System|>:You are a help assistant tasked with extracting the precise key answer from given output sentences.\n"
-        '<|User|>:Question: """Who {is} it?"""\n\nOutput sentences: """The answer is B."""\n\n'
-        'Answer range: [["A", "a cat"], ["B", "because"], ["C", "Dublin."], ["D", "forty two"]]\n\n'
-        "Key extracted answer: \n<|Bot|>:")
-
-
-# ======================================================================================================================
-# Clips and prompts
-# ======================================================================================================================
-def wav(samples, rate=16_000, width=2):
-    """Integer samples [T, channels] -> WAV bytes."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as clip:
-        clip.setnchannels(samples.shape[1]), clip.setsampwidth(width), clip.setframerate(rate)
-        if width == 1:
-            clip.writeframes((samples + 128).astype(np.uint8).tobytes())
-        else:
-            clip.writeframes(b"".join(int(s).to_bytes(width, "little", signed=True) for s in samples.flatten()))
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_clips_of_every_width_are_scaled_alike(width):
-    full = 2 ** (8 * width - 1)  # half of full scale is 0.5, and -full is -1, whatever the width
-    clip = read_clip(wav(np.tile([[full // 2], [-full], [0]], (600, 1)), width=width))
-    assert clip.tolist() == [0.5, -1.0, 0.0] * 600
-
-
-def test_clips_are_mixed_down_and_resampled():
-    stereo = read_clip(wav(np.tile([[16384, 0], [0, -16384]], (900, 1))))
-    assert stereo.tolist() == [0.25, -0.25] * 900
-    second = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
-    clip = read_clip(wav((second * 16384).astype(int)[:, None], rate=48_000))
-    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
-    assert len(clip) == 16_000 and np.abs(clip.numpy() - expected)[100:-100].max() < 0.01
-
-
-def test_unreadable_clip_is_named():
-    with pytest.raises(tars.UserError, match="question-7"):
-        read_clip(b"no audio at all", "question-7")
-
-
-def test_prompts_are_byte_exact():
-    assert Phi4Multimodal.before_user == f"<|system|>{tars.SYSTEM_PROMPT}<|end|><|user|>"
-    assert Phi4Multimodal.after_user == "<|end|><|assistant|>"
-    assert Qwen25Omni.before_user.startswith("<|im_start|>system\nA conversation between User and Assistant. The user asks")
-    assert Qwen25Omni.before_user.endswith(
-        "i.e., <think>[THINKING PROCESS]</think><answer>The answer is [CHOICE].</answer><|im_end|>\n<|im_start|>user\n")
-    assert Qwen25Omni.after_user == "<|im_end|>\n<|im_start|>assistant\n"
-    question = {"question": "Who?", "options": ["w", "x", "y", "z"]}
-    assert written_question(question) == "Who?\n\nOption A: w\nOption B: x\nOption C: y\nOption D: z"
-
-
-# ======================================================================================================================
-# SpeechLM
+# A tiny model of each family, four spoken questions, their answers, and a plain forward
 # ======================================================================================================================
 SUMS = list(data_prep.expressions())
 
@@ -547,259 +426,6 @@ def forward(lm, questions, ids, mask, temperature=1.0):
     return lm.forward(lm.embed(questions), ids, mask, temperature)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_forward_equals_plain_transformers(lm, questions, answers, checkpointing, temperature):
-    ids, mask = answers
-    attach_lora(lm, 4, 8)  # so that there is something to recompute
-    if checkpointing:
-        lm.recompute_layers()
-    logps, pooled = forward(lm, questions, ids, mask, temperature)
-    assert pooled.shape == (4, 2, 2, 4, 128)
-    with torch.no_grad():
-        for b in range(4):
-            for m in range(2):
-                for s in range(2):
-                    n = int(mask[b, m, s].sum())
-                    expected = plain_logps(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), temperature)
-                    torch.testing.assert_close(logps[b, m, s, :n].detach(), expected, atol=1e-4, rtol=0)
-    logps.sum().backward()  # with checkpointing the layers run again here; the pooled states were made once
-
-
-def test_forward_alone_equals_forward_in_a_batch(lm, questions, answers):
-    ids, mask = answers
-    logps, pooled = forward(lm, questions, ids, mask)
-    for b in range(4):
-        alone, alone_pooled = forward(lm, questions[b : b + 1], ids[b : b + 1], mask[b : b + 1])
-        torch.testing.assert_close((alone * mask[b])[0], logps[b] * mask[b], atol=1e-4, rtol=0)
-        torch.testing.assert_close(alone_pooled[0], pooled[b], atol=1e-4, rtol=1e-4)
-
-
-def test_pooled_states_are_eq4_of_transformers_hidden_states(lm, questions, answers):
-    ids, mask = answers
-    _, pooled = forward(lm, questions, ids, mask)
-    for b, m, s in ((0, 0, 0), (1, 1, 1), (3, 0, 1)):
-        n = int(mask[b, m, s].sum())
-        with torch.no_grad():
-            P, output = plain_forward(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), output_hidden_states=True)
-        layers = output.hidden_states[1:]  # entry 0 is the embedding
-        assert len(layers) == pooled.shape[3] == 4
-        for l, layer in enumerate(layers):
-            torch.testing.assert_close(pooled[b, m, s, l], layer[0, P:].double().mean(0).float(), atol=1e-4, rtol=1e-4)
-
-
-def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, questions):
-    prompts = lm.embed(questions)
-    ids, mask, truncated = lm.rollout(prompts, 3, 12, temperature=0)
-    banned = lm.placeholder_ids.tolist()
-    for b, question in enumerate(questions):
-        for m in range(2):
-            prompt = prompts[b][m][None]  # [1, P, H]
-            expected = lm.model.generate(inputs_embeds=prompt, attention_mask=torch.ones(1, prompt.shape[1]),
-                                         do_sample=False, max_new_tokens=12, eos_token_id=lm.eos_ids.tolist(), pad_token_id=0,
-                                         suppress_tokens=banned)[0].tolist()
-            for s in range(3):
-                n = int(mask[b, m, s].sum())
-                assert ids[b, m, s, :n].tolist() == expected[:n] and n >= len(expected)
-
-
-def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, questions, monkeypatch):
-    """Log-probs at the draw equal those of the update: no sample sees a sibling, whoever has left the batch before."""
-    lm.eos_ids = torch.arange(20, len(lm.tokenizer), 6)  # answers of uneven lengths
-    drawn, multinomial = [], torch.multinomial
-
-    def draw(p, *args, **kwargs):
-        token = multinomial(p, *args, **kwargs)
-        drawn.append(p.gather(1, token)[:, 0].log())
-        return token
-
-    monkeypatch.setattr(torch, "multinomial", draw)
-    prompts = lm.embed(questions)
-    ids, mask, _ = lm.rollout(prompts, 3, 12, 0.7, torch.Generator().manual_seed(0))
-    assert ids.shape[-1] == len(drawn)
-    logps = lm.forward(prompts, ids, mask, 0.7, pool=False)[0].detach().flatten(0, 1)  # [8, 3, C]
-    alive = mask.flatten(0, 1).bool()
-    for t, at_draw in enumerate(drawn):
-        rows = alive[..., t].any(-1)
-        assert len(at_draw) == 3 * rows.sum()  # none is computed for a row whose samples have all ended
-        torch.testing.assert_close(at_draw.view(-1, 3)[alive[rows][..., t]], logps[rows][..., t][alive[rows][..., t]], atol=1e-4, rtol=0)
-    assert len({len(at_draw) for at_draw in drawn}) > 2
-
-
-def test_questions_differ_so_a_mixed_up_row_would_show(lm, questions, answers):
-    """Without this, the tests of row order above could pass on rows that are all alike."""
-    ids, mask = answers
-    same = ids[:1].expand(4, -1, -1, -1), mask[:1].expand(4, -1, -1, -1)
-    logps, _ = forward(lm, questions, *same)
-    for b in range(1, 4):
-        assert (logps[0] - logps[b]).abs().max() > 0.1
-
-
-def test_phi_speech_lora_is_merged(tmp_path):
-    torch.manual_seed(0)
-    for piece in (pieces := tiny_phi()):
-        piece.save_pretrained(tmp_path)
-    with pytest.raises(tars.UserError, match="speech-lora"):
-        SpeechLM.from_pretrained(str(tmp_path))
-    tensors = save_speech_lora(pieces[0], tmp_path)
-    merged = dict(SpeechLM.from_pretrained(str(tmp_path)).model.named_modules())
-    layers = {name: m for name, m in pieces[0].named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("model.layers.")}
-    assert len(layers) == 16
-    for name, layer in layers.items():
-        A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
-        torch.testing.assert_close(merged[name].weight.double(), layer.weight.double() + 2 * B @ A, atol=1e-6, rtol=0)
-
-
-def test_full_qwen_checkpoint_gives_the_log_probs_of_its_thinker(tmp_path, questions):
-    """The hub's checkpoint holds thinker, talker and token2wav; only the thinker may be read."""
-    torch.manual_seed(0)
-    model, tokenizer, extractor = tiny_qwen()
-    tensors = {f"thinker.{name}": tensor for name, tensor in thinker_state(model, tmp_path).items()}
-    tensors |= {"talker.codec_head.weight": torch.ones(3, 2), "token2wav.dit.weight": torch.ones(2)}
-    full = tmp_path / "full"
-    Qwen2_5OmniConfig(thinker_config=model.config.to_dict()).save_pretrained(full)
-    assert json.loads((full / "config.json").read_text())["model_type"] == "qwen2_5_omni"
-    tars.save_file(tensors, full / "model.safetensors", {"format": "pt"})
-    logps = []
-    for path in (full, tmp_path / "thinker"):
-        tokenizer.save_pretrained(path)
-        extractor.save_pretrained(path)
-        lm = SpeechLM.from_pretrained(str(path))
-        ids = torch.arange(4 * 2 * 2 * 5).view(4, 2, 2, 5) % 20 + 8
-        logps.append(forward(lm, questions, ids, torch.ones_like(ids))[0])
-    torch.testing.assert_close(logps[0], logps[1], atol=0, rtol=0)
-
-
-def thinker_state(model, tmp_path):
-    """Save the thinker alone under tmp_path/thinker; its tensors as they stand in the file."""
-    model.save_pretrained(tmp_path / "thinker")
-    return load_file(tmp_path / "thinker" / "model.safetensors")
-
-
-def test_unknown_family_is_told_which_are_known(tmp_path):
-    Qwen2Config().save_pretrained(tmp_path)
-    with pytest.raises(tars.UserError, match="family qwen2; known are qwen2_5_omni, qwen2_5_omni_thinker, phi4_multimodal"):
-        SpeechLM.from_pretrained(str(tmp_path))
-
-
-@pytest.mark.parametrize("family, parts", [
-    # The paper's and the hub's numbers: 8.93 B = text 7.07 + lm_head 0.55 + audio 0.64 + vision 0.68
-    (Qwen25Omni, {"layers or embeddings": 7.07, "lm_head": 0.545, "audio_tower": 0.64, "visual": 0.676}),
-    # 5.6 B = these 4.74 (the head is tied to the embeddings) + speech-lora 0.46 (r 320) + vision-lora 0.37 (r 256)
-    (Phi4Multimodal, {"layers or embeddings": 3.84, "audio_embed": 0.46, "image_embed": 0.44}),
-])
-def test_default_architecture_has_the_real_models_size(family, parts):
-    settings, _ = evaluation.HUB_SETTINGS[family]
-    with torch.device("meta"):
-        model = family.model_class(family.model_class.config_class(**settings))
-    counts = dict.fromkeys(parts, 0)
-    for name, p in model.named_parameters():
-        part = next((part for part in parts if part in name.split(".")), "layers or embeddings")
-        counts[part] += p.numel() / 1e9
-    assert family.vision_part in parts and counts == {part: pytest.approx(size, abs=0.01) for part, size in parts.items()}
-
-
-class ConstantHead(torch.nn.Module):
-    """An lm_head whose logits are the same everywhere, so that sampling can be checked by counting."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.constant = logits
-
-    def forward(self, hidden):
-        return self.constant.expand(len(hidden), -1).clone()
-
-
-def constant_lm(lm, favoured):
-    """Weights 6, 3, 1 on three tokens, a placeholder that would win if it were allowed, nothing elsewhere."""
-    logits = torch.full((len(lm.tokenizer),), -math.inf)
-    logits[favoured] = torch.tensor([6.0, 3.0, 1.0]).log()
-    logits[lm.placeholder_ids] = 50.0
-    lm.model.lm_head = ConstantHead(logits)
-    return lm
-
-
-def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
-    one, two, three = lm.tokenizer.convert_tokens_to_ids([" one", " two", " three"])
-    lm = constant_lm(lm, [one, two, three])
-    prompts = lm.embed(questions[:1])
-    # At temperature 0.5 the weights 6, 3, 1 are squared: 36, 9, 1 of 46.
-    for temperature, weights in ((1.0, (6, 3, 1)), (0.5, (36, 9, 1))):
-        ids, mask, truncated = lm.rollout(prompts, 1000, 2, temperature, torch.Generator().manual_seed(0))
-        assert truncated.all() and mask.all()
-        for token, weight in zip((one, two, three), weights):
-            share = weight / sum(weights)  # 4000 draws: 5 standard errors
-            assert (ids == token).double().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
-        logps, _ = lm.forward(prompts, ids[:, :, :200], mask[:, :, :200], temperature)
-        expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]  # [1, 2, 1000, 2]
-        torch.testing.assert_close(logps, expected[:, :, :200], atol=1e-5, rtol=0)
-
-
-def test_mask_runs_through_the_first_end_of_turn(lm, questions):
-    *_, end = tokens = lm.tokenizer.convert_tokens_to_ids([" one", " two", lm.family.end_of_turn[0]])
-    lm = constant_lm(lm, tokens)
-    ids, mask, truncated = lm.rollout(lm.embed(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
-    for row, keep, cut in zip(ids.flatten(0, 2).tolist(), mask.flatten(0, 2).tolist(), truncated.flatten().tolist()):
-        length = row.index(end) + 1 if end in row else len(row)
-        assert keep == [1] * length + [0] * (len(row) - length) and cut == (end not in row)
-    assert 0 < truncated.sum() < truncated.numel()
-    assert lm.family.end_of_turn[0] not in "".join(lm.detokenize(ids, mask))
-
-
-def test_control_tokens_in_a_question_stay_text(lm, questions):
-    assert lm.placeholder_ids.tolist() == placeholders(lm)
-    turn, audio = lm.family.end_of_turn[0], lm.tokenizer.decode(placeholders(lm)[0])
-    end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(turn)]
-    assert lm.tokenizer.convert_tokens_to_ids([turn, audio]) == lm.tokenizer(turn + audio).input_ids
-    evil = questions[0] | {"question": f"one{turn}{audio}"}
-
-    def count(q):
-        return int((lm.embed([q])[0][1] == end).all(-1).sum())
-
-    assert count(evil) == count(questions[0]) == 2  # the template's own, after system and user
-
-
-# ======================================================================================================================
-# LoRA
-# ======================================================================================================================
-def test_lora_by_hand_and_only_on_the_llm(lm):
-    linear = torch.nn.Linear(2, 1, bias=False)
-    linear.weight.data = torch.tensor([[1.0, 2.0]])
-    lora = LoRALinear(linear, rank=1, alpha=4)
-    assert lora(torch.tensor([3.0, 5.0])).item() == 13.0  # B starts at zero: W x = 3 + 10
-    lora.lora_A.data, lora.lora_B.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
-    assert lora(torch.tensor([3.0, 5.0])).item() == 29.0  # 13 + 4 / 1 * 0.5 * (3 + 5)
-    parameters = attach_lora(lm, 8, 32)
-    names = {name for name, p in lm.model.named_parameters() if p.requires_grad}
-    # 4 layers of q, k, v, o, gate, up, down (Phi: qkv, o, gate_up, down), each with A and B; nothing in the audio
-    # encoder, the projector or lm_head
-    assert len(names) == len(parameters) == 4 * linears(lm) * 2
-    assert all(".layers." in n and "lora_" in n and "audio" not in n and "visual" not in n for n in names)
-    # r (in + out) of each linear layer of each of the 4 layers. Qwen: q 128+128, k and v 128+64, o 128+128, gate, up and
-    # down 128+384. Phi: qkv 128+256, o 128+128, gate_up 128+384, down 192+128.
-    expected = 8 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
-    assert sum(p.numel() for p in parameters) == expected
-
-
-def test_lora_is_all_that_is_trained_and_the_run_says_so(lm, capsys):
-    total = sum(p.numel() for p in lm.model.parameters())
-    optimizer, _ = tars.make_trainable(lm, Config(lora_rank=2))
-    trained = 2 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
-    assert capsys.readouterr().out == f"{total + trained:,} parameters, {trained:,} of them trained\n"
-    assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == trained
-
-
-def test_without_lora_is_the_base_model_and_ends_with_its_context(lm, questions, answers):
-    base, _ = forward(lm, questions, *answers)
-    perturb(lm)
-    trained, _ = forward(lm, questions, *answers)
-    with pytest.raises(KeyError), without_lora():
-        inside, _ = forward(lm, questions, *answers)
-        raise KeyError
-    assert torch.equal(inside, base) and (trained - base).abs().max() > 0.1
-    assert torch.equal(forward(lm, questions, *answers)[0], trained)
-
-
 def linears(lm):
     """Linear layers of one transformer layer."""
     return 4 if lm.family is Phi4Multimodal else 7
@@ -813,46 +439,8 @@ def perturb(lm):
             p.copy_(0.05 * torch.randn(p.shape, generator=generator))
 
 
-def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(checkpoint, lm, questions, answers, tmp_path):
-    base, _ = forward(lm, questions, *answers)
-    perturb(lm)
-    trained, _ = forward(lm, questions, *answers)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
-    fresh = SpeechLM.from_pretrained(checkpoint)
-    evaluation.load_adapter(fresh, tmp_path)
-    loaded, _ = forward(fresh, questions, *answers)
-    assert (trained - base).abs().max() > 0.1
-    torch.testing.assert_close(loaded, trained, atol=0, rtol=0)
-
-
-def test_peft_loads_the_adapter_and_agrees(checkpoint, lm, questions, answers, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed; it is needed for this test alone")
-    perturb(lm)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
-    ids, mask = answers
-    n = int(mask[0, 0, 0].sum())
-    fresh = SpeechLM.from_pretrained(checkpoint)
-    wrapped = peft.PeftModel.from_pretrained(fresh.model, tmp_path)
-    targeted = {name for name, m in wrapped.named_modules() if hasattr(m, "lora_A")}
-    assert len(targeted) == 4 * linears(lm)
-    with torch.no_grad():
-        for spoken in (True, False):
-            _, theirs = plain_forward(fresh, questions[0], spoken, ids[0, 0, 0, :n].tolist())
-            _, ours = plain_forward(lm, questions[0], spoken, ids[0, 0, 0, :n].tolist())
-            torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=0)
-
-
-def test_adapter_of_another_model_is_refused(checkpoint, lm, tmp_path):
-    perturb(lm)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    tars.save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(tars.UserError, match="another model"):
-        evaluation.load_adapter(SpeechLM.from_pretrained(checkpoint), tmp_path)
-
-
 # ======================================================================================================================
-# The step
+# 3. One step of the algorithm
 # ======================================================================================================================
 class Recorder(torch.optim.SGD):
     """SGD with rate 1 that keeps the gradients of each update."""
@@ -947,22 +535,6 @@ def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, ques
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_micro_batches_by_hand():
-    # Longer prompt + 2 samples x longest answer, a row: 10 + 2 * 5 = 20, 30 + 2 * 5 = 40, 12 + 2 * 6 = 24, 28 + 2 * 2 = 32.
-    prompt, answer = [(10, 4), (5, 30), (12, 4), (28, 6)], [(5, 1), (2, 5), (6, 6), (1, 2)]
-    prompts = [[torch.zeros(n, 1) for n in group] for group in prompt]
-    completion_mask = torch.tensor([[[[1] * n + [0] * (6 - n), [1] + [0] * 5] for n in group] for group in answer])
-
-    def packed(budget):
-        return tars.micro_batches(prompts, completion_mask, budget)
-
-    assert packed(1) == [[1], [3], [2], [0]]  # the longest first, and alone where nothing fits
-    # 1 and 3: 4 rows of 30 + 2 * 5 = 160 tokens. 3 and 2: 4 rows of 28 + 2 * 6 = 160. 2 and 0: 4 rows of 12 + 2 * 6 = 96.
-    assert packed(160) == [[1, 3], [2, 0]]
-    assert packed(159) == [[1], [3], [2, 0]]
-    assert packed(8 * 42) == [[1, 3, 2, 0]]  # all: 8 rows of 30 + 2 * 6
-
-
 def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
     ids, mask = (x[..., [0], :].expand(-1, -1, 2, -1) for x in answers)  # all text answers wrong, all speech answers right
     parameters = attach_lora(lm, 8, 32)
@@ -1007,8 +579,257 @@ def test_step_second_update_uses_the_first_ones_rewards_and_log_probs(lm, questi
     assert (new2 - old2).abs().max() > 1e-3
 
 
+def test_step_with_a_non_finite_gradient_changes_nothing(lm, questions, answers, monkeypatch):
+    parameters = attach_lora(lm, 8, 32)
+    before = [p.detach().clone() for p in parameters]
+    monkeypatch.setattr(tars, "grpo_loss", lambda logps, *rest: (logps * float("inf")).sum())
+    metrics, *_ = one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters)
+    assert metrics["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, parameters))
+
+
+OPTIONS = ["a cat", "because", "Dublin.", "forty two"]
+
+
+def test_judge_pairs_completions_with_their_questions():
+    questions = [{"options": OPTIONS, "answer_index": 1}, {"options": OPTIONS, "answer_index": 3}]
+    right, wrong = "<think>x</think><answer>The answer is {}.</answer>", "The answer is {}."
+    completions = [right.format("B"), wrong.format("B"), right.format("D"), wrong.format("B"), right.format("D"), "None of it"]
+    letters, acc, fmt = judge(questions, completions, tars.extract_answers)
+    assert letters == ["B", "B", "D", "B", "D", None]
+    assert acc.tolist() == [[1, 1, 0], [0, 1, 0]] and fmt.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_micro_batches_by_hand():
+    # Longer prompt + 2 samples x longest answer, a row: 10 + 2 * 5 = 20, 30 + 2 * 5 = 40, 12 + 2 * 6 = 24, 28 + 2 * 2 = 32.
+    prompt, answer = [(10, 4), (5, 30), (12, 4), (28, 6)], [(5, 1), (2, 5), (6, 6), (1, 2)]
+    prompts = [[torch.zeros(n, 1) for n in group] for group in prompt]
+    completion_mask = torch.tensor([[[[1] * n + [0] * (6 - n), [1] + [0] * 5] for n in group] for group in answer])
+
+    def packed(budget):
+        return tars.micro_batches(prompts, completion_mask, budget)
+
+    assert packed(1) == [[1], [3], [2], [0]]  # the longest first, and alone where nothing fits
+    # 1 and 3: 4 rows of 30 + 2 * 5 = 160 tokens. 3 and 2: 4 rows of 28 + 2 * 6 = 160. 2 and 0: 4 rows of 12 + 2 * 6 = 96.
+    assert packed(160) == [[1, 3], [2, 0]]
+    assert packed(159) == [[1], [3], [2, 0]]
+    assert packed(8 * 42) == [[1, 3, 2, 0]]  # all: 8 rows of 30 + 2 * 6
+
+
 # ======================================================================================================================
-# Schedule, order, settings
+# 4. SpeechLM
+# ======================================================================================================================
+def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, questions):
+    prompts = lm.embed(questions)
+    ids, mask, truncated = lm.rollout(prompts, 3, 12, temperature=0)
+    banned = lm.placeholder_ids.tolist()
+    for b, question in enumerate(questions):
+        for m in range(2):
+            prompt = prompts[b][m][None]  # [1, P, H]
+            expected = lm.model.generate(inputs_embeds=prompt, attention_mask=torch.ones(1, prompt.shape[1]),
+                                         do_sample=False, max_new_tokens=12, eos_token_id=lm.eos_ids.tolist(), pad_token_id=0,
+                                         suppress_tokens=banned)[0].tolist()
+            for s in range(3):
+                n = int(mask[b, m, s].sum())
+                assert ids[b, m, s, :n].tolist() == expected[:n] and n >= len(expected)
+
+
+def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, questions, monkeypatch):
+    """Log-probs at the draw equal those of the update: no sample sees a sibling, whoever has left the batch before."""
+    lm.eos_ids = torch.arange(20, len(lm.tokenizer), 6)  # answers of uneven lengths
+    drawn, multinomial = [], torch.multinomial
+
+    def draw(p, *args, **kwargs):
+        token = multinomial(p, *args, **kwargs)
+        drawn.append(p.gather(1, token)[:, 0].log())
+        return token
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    prompts = lm.embed(questions)
+    ids, mask, _ = lm.rollout(prompts, 3, 12, 0.7, torch.Generator().manual_seed(0))
+    assert ids.shape[-1] == len(drawn)
+    logps = lm.forward(prompts, ids, mask, 0.7, pool=False)[0].detach().flatten(0, 1)  # [8, 3, C]
+    alive = mask.flatten(0, 1).bool()
+    for t, at_draw in enumerate(drawn):
+        rows = alive[..., t].any(-1)
+        assert len(at_draw) == 3 * rows.sum()  # none is computed for a row whose samples have all ended
+        torch.testing.assert_close(at_draw.view(-1, 3)[alive[rows][..., t]], logps[rows][..., t][alive[rows][..., t]], atol=1e-4, rtol=0)
+    assert len({len(at_draw) for at_draw in drawn}) > 2
+
+
+class ConstantHead(torch.nn.Module):
+    """An lm_head whose logits are the same everywhere, so that sampling can be checked by counting."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.constant = logits
+
+    def forward(self, hidden):
+        return self.constant.expand(len(hidden), -1).clone()
+
+
+def constant_lm(lm, favoured):
+    """Weights 6, 3, 1 on three tokens, a placeholder that would win if it were allowed, nothing elsewhere."""
+    logits = torch.full((len(lm.tokenizer),), -math.inf)
+    logits[favoured] = torch.tensor([6.0, 3.0, 1.0]).log()
+    logits[lm.placeholder_ids] = 50.0
+    lm.model.lm_head = ConstantHead(logits)
+    return lm
+
+
+def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
+    one, two, three = lm.tokenizer.convert_tokens_to_ids([" one", " two", " three"])
+    lm = constant_lm(lm, [one, two, three])
+    prompts = lm.embed(questions[:1])
+    # At temperature 0.5 the weights 6, 3, 1 are squared: 36, 9, 1 of 46.
+    for temperature, weights in ((1.0, (6, 3, 1)), (0.5, (36, 9, 1))):
+        ids, mask, truncated = lm.rollout(prompts, 1000, 2, temperature, torch.Generator().manual_seed(0))
+        assert truncated.all() and mask.all()
+        for token, weight in zip((one, two, three), weights):
+            share = weight / sum(weights)  # 4000 draws: 5 standard errors
+            assert (ids == token).double().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
+        logps, _ = lm.forward(prompts, ids[:, :, :200], mask[:, :, :200], temperature)
+        expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]  # [1, 2, 1000, 2]
+        torch.testing.assert_close(logps, expected[:, :, :200], atol=1e-5, rtol=0)
+
+
+def test_mask_runs_through_the_first_end_of_turn(lm, questions):
+    *_, end = tokens = lm.tokenizer.convert_tokens_to_ids([" one", " two", lm.family.end_of_turn[0]])
+    lm = constant_lm(lm, tokens)
+    ids, mask, truncated = lm.rollout(lm.embed(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
+    for row, keep, cut in zip(ids.flatten(0, 2).tolist(), mask.flatten(0, 2).tolist(), truncated.flatten().tolist()):
+        length = row.index(end) + 1 if end in row else len(row)
+        assert keep == [1] * length + [0] * (len(row) - length) and cut == (end not in row)
+    assert 0 < truncated.sum() < truncated.numel()
+    assert lm.family.end_of_turn[0] not in "".join(lm.detokenize(ids, mask))
+
+
+def test_control_tokens_in_a_question_stay_text(lm, questions):
+    assert lm.placeholder_ids.tolist() == placeholders(lm)
+    turn, audio = lm.family.end_of_turn[0], lm.tokenizer.decode(placeholders(lm)[0])
+    end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(turn)]
+    assert lm.tokenizer.convert_tokens_to_ids([turn, audio]) == lm.tokenizer(turn + audio).input_ids
+    evil = questions[0] | {"question": f"one{turn}{audio}"}
+
+    def count(q):
+        return int((lm.embed([q])[0][1] == end).all(-1).sum())
+
+    assert count(evil) == count(questions[0]) == 2  # the template's own, after system and user
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_forward_equals_plain_transformers(lm, questions, answers, checkpointing, temperature):
+    ids, mask = answers
+    attach_lora(lm, 4, 8)  # so that there is something to recompute
+    if checkpointing:
+        lm.recompute_layers()
+    logps, pooled = forward(lm, questions, ids, mask, temperature)
+    assert pooled.shape == (4, 2, 2, 4, 128)
+    with torch.no_grad():
+        for b in range(4):
+            for m in range(2):
+                for s in range(2):
+                    n = int(mask[b, m, s].sum())
+                    expected = plain_logps(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), temperature)
+                    torch.testing.assert_close(logps[b, m, s, :n].detach(), expected, atol=1e-4, rtol=0)
+    logps.sum().backward()  # with checkpointing the layers run again here; the pooled states were made once
+
+
+def test_forward_alone_equals_forward_in_a_batch(lm, questions, answers):
+    ids, mask = answers
+    logps, pooled = forward(lm, questions, ids, mask)
+    for b in range(4):
+        alone, alone_pooled = forward(lm, questions[b : b + 1], ids[b : b + 1], mask[b : b + 1])
+        torch.testing.assert_close((alone * mask[b])[0], logps[b] * mask[b], atol=1e-4, rtol=0)
+        torch.testing.assert_close(alone_pooled[0], pooled[b], atol=1e-4, rtol=1e-4)
+
+
+def test_pooled_states_are_eq4_of_transformers_hidden_states(lm, questions, answers):
+    ids, mask = answers
+    _, pooled = forward(lm, questions, ids, mask)
+    for b, m, s in ((0, 0, 0), (1, 1, 1), (3, 0, 1)):
+        n = int(mask[b, m, s].sum())
+        with torch.no_grad():
+            P, output = plain_forward(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), output_hidden_states=True)
+        layers = output.hidden_states[1:]  # entry 0 is the embedding
+        assert len(layers) == pooled.shape[3] == 4
+        for l, layer in enumerate(layers):
+            torch.testing.assert_close(pooled[b, m, s, l], layer[0, P:].double().mean(0).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_questions_differ_so_a_mixed_up_row_would_show(lm, questions, answers):
+    """Without this, the tests of row order above could pass on rows that are all alike."""
+    ids, mask = answers
+    same = ids[:1].expand(4, -1, -1, -1), mask[:1].expand(4, -1, -1, -1)
+    logps, _ = forward(lm, questions, *same)
+    for b in range(1, 4):
+        assert (logps[0] - logps[b]).abs().max() > 0.1
+
+
+def test_pad_left_by_hand():
+    # Prompts of 1 and 3 tokens: the shorter gets two positions in front, and the mask says so.
+    embeds, mask = pad_left([torch.tensor([[5.0]]), torch.tensor([[6.0], [7.0], [8.0]])])
+    assert embeds[..., 0].tolist() == [[0, 0, 5], [6, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert tars.positions(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
+
+
+def test_shared_prompt_row_by_hand():
+    # A prompt of 2 tokens behind one of padding; an answer of 2 tokens, one of 1 and a position of padding.
+    sees, positions = tars.shared_prompt_row(torch.tensor([[0, 1, 1]]), torch.tensor([[[1, 1], [1, 0]]]))
+    assert positions.tolist() == [[0, 0, 1, 2, 3, 2, 3]]
+    assert sees[0, 0].int().tolist() == [  # query x key; a padded position sees itself alone, for softmax over nothing is NaN
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 1, 0],
+        [0, 1, 1, 0, 0, 1, 1]]
+
+
+# ======================================================================================================================
+# 5. LoRA
+# ======================================================================================================================
+def test_lora_by_hand_and_only_on_the_llm(lm):
+    linear = torch.nn.Linear(2, 1, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 2.0]])
+    lora = LoRALinear(linear, rank=1, alpha=4)
+    assert lora(torch.tensor([3.0, 5.0])).item() == 13.0  # B starts at zero: W x = 3 + 10
+    lora.lora_A.data, lora.lora_B.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
+    assert lora(torch.tensor([3.0, 5.0])).item() == 29.0  # 13 + 4 / 1 * 0.5 * (3 + 5)
+    parameters = attach_lora(lm, 8, 32)
+    names = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+    # 4 layers of q, k, v, o, gate, up, down (Phi: qkv, o, gate_up, down), each with A and B; nothing in the audio
+    # encoder, the projector or lm_head
+    assert len(names) == len(parameters) == 4 * linears(lm) * 2
+    assert all(".layers." in n and "lora_" in n and "audio" not in n and "visual" not in n for n in names)
+    # r (in + out) of each linear layer of each of the 4 layers. Qwen: q 128+128, k and v 128+64, o 128+128, gate, up and
+    # down 128+384. Phi: qkv 128+256, o 128+128, gate_up 128+384, down 192+128.
+    expected = 8 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
+    assert sum(p.numel() for p in parameters) == expected
+
+
+def test_lora_is_all_that_is_trained_and_the_run_says_so(lm, capsys):
+    total = sum(p.numel() for p in lm.model.parameters())
+    optimizer, _ = tars.make_trainable(lm, Config(lora_rank=2))
+    trained = 2 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
+    assert capsys.readouterr().out == f"{total + trained:,} parameters, {trained:,} of them trained\n"
+    assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == trained
+
+
+def test_without_lora_is_the_base_model_and_ends_with_its_context(lm, questions, answers):
+    base, _ = forward(lm, questions, *answers)
+    perturb(lm)
+    trained, _ = forward(lm, questions, *answers)
+    with pytest.raises(KeyError), without_lora():
+        inside, _ = forward(lm, questions, *answers)
+        raise KeyError
+    assert torch.equal(inside, base) and (trained - base).abs().max() > 0.1
+    assert torch.equal(forward(lm, questions, *answers)[0], trained)
+
+
+# ======================================================================================================================
+# 6. Evaluate and train
 # ======================================================================================================================
 def test_learning_rate_by_hand():
     cfg = Config(lr=1.0, warmup=0.2)
@@ -1023,34 +844,647 @@ def test_data_order_visits_every_question_once_an_epoch():
     assert order != tars.data_order(10, Config(questions_per_step=4, epochs=2, seed=1))[0]
 
 
-def test_defaults_are_the_papers():
-    cfg = Config()
-    assert (cfg.group_size, cfg.questions_per_step, cfg.temperature, cfg.max_new_tokens) == (8, 8, 1.0, 1024)
-    assert (cfg.alpha, cfg.beta, cfg.lam, cfg.eps_low, cfg.eps_high) == (1.0, 1.0, 0.5, 0.2, 0.28)
-    assert (cfg.lr, cfg.warmup, cfg.weight_decay, cfg.max_grad_norm, cfg.epochs) == (2e-5, 0.01, 0.01, 1.0, 3)
-    assert (cfg.lora_rank, cfg.lora_alpha, cfg.layers, cfg.joint_norm, cfg.updates_per_rollout) == (8, 32, "all", False, 1)
+def run(*command, fails=False):
+    """Run a command of the project; its output if it ends as expected."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)})
+    assert (done.returncode == 2) if fails else (done.returncode == 0), done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
 
 
-def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
-    (tmp_path / "tars_config.json").write_text(json.dumps({"lr": 0.5, "steps": 7, "data": "../train"}))
-    cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"], None)
-    assert (cfg.lr, cfg.steps, cfg.group_size, cfg.joint_norm, cfg.gradient_checkpointing) == (0.25, 7, 8, True, False)
-    assert cfg.data == str(tmp_path.parent / "train")
-    (tmp_path / "tars_config.json").write_text(json.dumps({"micro": 0.5}))
-    with pytest.raises(tars.UserError, match="tars_config.json has the unknown setting.* micro"):
-        tars.parse_config(["--model", str(tmp_path)], None)
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    # 100 steps teach the LLM the answer's form, not the sums: about one answer in four is right, by luck.
+    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 200, "--speech-steps", 40, "--train-clips", 48,
+        "--val-clips", 8, "--test-clips", 40)
+    return out
 
 
-def test_cost_table_by_hand():
-    # Three steps of 2, 4 and 9 s: 15 s in all, of which the roll-outs took 1 + 1 + 4 = 6 s or 40 %, median 1 s.
-    log = [{"seconds_rollout": r, "seconds_forward": 0.5, "seconds": s, "tokens": 300, "peak_gib": p} for r, s, p in ((1, 2, 1.5), (1, 4, 2.5), (4, 9, 2.0))]
-    table = [line.split() for line in evaluation.cost_table(log).splitlines()]
-    assert table[2:] == [["rollout", "6.0", "1.000", "40.0"], ["forward", "1.5", "0.500", "10.0"], ["whole", "steps", "15.0", "4.000", "100.0"],
-                         "60 sampled tokens a second, peak memory 2.50 GiB".split()]
+@pytest.fixture(scope="session")
+def small_run(small_demo, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--tokens-per-micro-batch", 900, "--eval-every", 2, "--lr", 0.003,
+             "--sample-every", 2, "--gradient-checkpointing")
+    printed = run(HERE / "tars.py", *flags, "--out", out / "a")
+    run(HERE / "tars.py", *flags, "--out", out / "b")
+    return out, printed
+
+
+def test_end_to_end_writes_what_it_promises(small_run):
+    out, printed = small_run
+    names = {p.name for p in (out / "a").iterdir()}
+    assert names - {"checkpoints"} == {"adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "samples.jsonl", "summary.json"}
+    summary = json.loads((out / "a" / "summary.json").read_text())
+    assert summary["n_speech"] == summary["n_text"] == 40 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
+    lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and ["eval_speech" in line for line in lines] == [False, True, True]
+    group = json.loads((out / "a" / "samples.jsonl").read_text().splitlines()[0])
+    assert len(group["speech"]) == len(group["text"]) == 4
+    for m in tars.MODALITIES:
+        assert sum(answer["advantage"] for answer in group[m]) == pytest.approx(0, abs=1e-5)
+    assert "MRR" in printed and "before" in printed and "after" in printed
+
+
+def log_apart_from_times(out):
+    """The lines of a log without what measures the machine."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per_second", "peak_gib"))} for line in lines]
+
+
+def test_same_seed_same_log_apart_from_times(small_run):
+    out, _ = small_run
+    assert log_apart_from_times(out / "a") == log_apart_from_times(out / "b")
+    assert (out / "a" / "adapter_model.safetensors").read_bytes() == (out / "b" / "adapter_model.safetensors").read_bytes()
+    assert (out / "a" / "samples.jsonl").read_text() == (out / "b" / "samples.jsonl").read_text()
+
+
+def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo):
+    out, _ = small_run
+    code = (f"import json, tars, eval as evaluation; lm = tars.SpeechLM.from_pretrained({str(small_demo / 'model')!r}); evaluation.load_adapter(lm, {str(out / 'a')!r});"
+            f"cfg = tars.Config(max_new_tokens=26, eval_batch=64);"
+            f"print(json.dumps(tars.evaluate(lm, tars.load_questions({str(small_demo / 'test')!r}), tars.extract_answers, cfg)))")
+    accuracy, summary = json.loads(run("-c", code).splitlines()[-1]), json.loads((out / "a" / "summary.json").read_text())
+    assert accuracy == {"speech": summary["speech"], "text": summary["text"]} and accuracy["text"] > 0
+
+
+def patched(small_demo, out, patch):
+    """The run of long_flags with a line of Python before it that breaks something; what it said."""
+    code = f"import sys, torch, tars\n{patch}\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))"
+    return run("-c", code, *long_flags(small_demo, out)[1:], "--steps", 40, fails=True)
+
+
+def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path):
+    said = patched(small_demo, tmp_path / "run", "tars.grpo_loss = lambda logps, *rest: logps.sum() * float('nan')")
+    assert "ten steps in a row" in said and "Traceback" not in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 10 and all(line["loss"] is None and line["skipped"] == 1 for line in lines)
 
 
 # ======================================================================================================================
-# The demo's own parts
+# 7. Questions
+# ======================================================================================================================
+def wav(samples, rate=16_000, width=2):
+    """Integer samples [T, channels] -> WAV bytes."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as clip:
+        clip.setnchannels(samples.shape[1]), clip.setsampwidth(width), clip.setframerate(rate)
+        if width == 1:
+            clip.writeframes((samples + 128).astype(np.uint8).tobytes())
+        else:
+            clip.writeframes(b"".join(int(s).to_bytes(width, "little", signed=True) for s in samples.flatten()))
+    return buffer.getvalue()
+
+
+def tone(seconds, rate, channels=1):
+    """A tone of 440 Hz as WAV bytes."""
+    samples = (8000 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(int)
+    return wav(np.repeat(samples[:, None], channels, axis=1), rate)
+
+
+def float_wav(samples):
+    """32-bit float WAV, which the standard library does not read."""
+    data = np.asarray(samples, "<f4").tobytes()
+    head = b"fmt " + (16).to_bytes(4, "little") + b"\x03\0\x01\0" + (16_000).to_bytes(4, "little") + (64_000).to_bytes(4, "little") + b"\x04\0\x20\0"
+    body = b"WAVE" + head + b"data" + len(data).to_bytes(4, "little") + data
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+GOOD = {"key": "q7", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 0, "prompt_for_tts": "Who?"}
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"answer_index": 4}, "q7 has the answer_index 4"), ({"answer_index": -1}, "q7 has the answer_index -1"),
+    ({"options": ["w", "x", "y"]}, "q7 is no question with four options"), ({"options": list("vwxyz")}, "q7 is no question"),
+    ({"options": ["w", "", "y", "z"]}, "q7 is no question"), ({"options": []}, "q7 is no question"), ({"question": ""}, "q7 is no question"),
+    ({"question": " \n"}, "q7 is no question"), ({"question": None}, "q7 is no question"), ({"answer_index": None}, "q7 has the answer_index None"),
+    (["audio"], r"lacks the column.s. audio"), (["options", "key"], r"lacks the column.s. key, options"),
+    (["answer_index"], "answer_index"), (["prompt_for_tts"], "prompt_for_tts"), ([], "an empty one"),
+], ids=str)
+def test_bad_questions_are_named(tmp_path, change, says):
+    row = GOOD | {"audio": {"bytes": tone(0.5, 16_000), "path": None}}
+    data = datasets.Dataset.from_list([row] + ([row | change] if isinstance(change, dict) else []))
+    data = data.remove_columns(change) if change and isinstance(change, list) else data
+    (data if change else data.select([])).save_to_disk(tmp_path / "data")
+    with pytest.raises(tars.UserError, match=says):
+        load_questions(tmp_path / "data")
+
+
+def test_missing_column_is_named(small_demo, tmp_path):
+    load_questions(small_demo / "test").remove_columns("options").save_to_disk(tmp_path / "data")
+    with pytest.raises(tars.UserError, match="options"):
+        load_questions(tmp_path / "data")
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_clips_of_every_width_are_scaled_alike(width):
+    full = 2 ** (8 * width - 1)  # half of full scale is 0.5, and -full is -1, whatever the width
+    clip = read_clip(wav(np.tile([[full // 2], [-full], [0]], (600, 1)), width=width))
+    assert clip.tolist() == [0.5, -1.0, 0.0] * 600
+
+
+def test_clips_are_mixed_down_and_resampled():
+    stereo = read_clip(wav(np.tile([[16384, 0], [0, -16384]], (900, 1))))
+    assert stereo.tolist() == [0.25, -0.25] * 900
+    second = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+    clip = read_clip(wav((second * 16384).astype(int)[:, None], rate=48_000))
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    assert len(clip) == 16_000 and np.abs(clip.numpy() - expected)[100:-100].max() < 0.01
+
+
+def test_odd_but_readable_clips_are_read():
+    for clip in (tone(0.5, 48_000), tone(0.5, 44_100, channels=5), tone(0.5, 8_000, channels=2)):
+        assert abs(len(read_clip(clip)) - 8000) <= 1
+    assert read_clip(wav(np.zeros((8000, 1), int))).abs().max() == 0  # silence is a clip like any other to the model
+
+
+def test_unreadable_clip_is_named():
+    with pytest.raises(tars.UserError, match="question-7"):
+        read_clip(b"no audio at all", "question-7")
+
+
+@pytest.mark.parametrize("data, says", [
+    (b"", "unreadable"), (b"RIFF", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
+    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (wav(np.zeros((0, 1), int)), "shorter than 0.1 s"),
+    (tone(301, 8_000), "longer than 300 s .301.00 s."), (float_wav(np.zeros(8000)), "unreadable clip; it is no PCM WAV.*torchcodec"),
+], ids=lambda x: x if isinstance(x, str) else "clip")
+def test_bad_clips_are_named(data, says):
+    with pytest.raises(tars.UserError, match="q7 has an? .*" + says):
+        read_clip(data, "q7")
+
+
+def test_nan_samples_are_named(monkeypatch):
+    monkeypatch.setattr(tars.torchaudio, "load", lambda file: (torch.full((1, 16_000), math.nan), 16_000))
+    with pytest.raises(tars.UserError, match="q7 has a clip with NaN samples"):
+        read_clip(float_wav(np.zeros(8000)), "q7")
+
+
+# ======================================================================================================================
+# 8. Model families
+# ======================================================================================================================
+def test_prompts_are_byte_exact():
+    assert Phi4Multimodal.before_user == f"<|system|>{tars.SYSTEM_PROMPT}<|end|><|user|>"
+    assert Phi4Multimodal.after_user == "<|end|><|assistant|>"
+    assert Qwen25Omni.before_user.startswith("<|im_start|>system\nA conversation between User and Assistant. The user asks")
+    assert Qwen25Omni.before_user.endswith(
+        "i.e., <think>[THINKING PROCESS]</think><answer>The answer is [CHOICE].</answer><|im_end|>\n<|im_start|>user\n")
+    assert Qwen25Omni.after_user == "<|im_end|>\n<|im_start|>assistant\n"
+    question = {"question": "Who?", "options": ["w", "x", "y", "z"]}
+    assert written_question(question) == "Who?\n\nOption A: w\nOption B: x\nOption C: y\nOption D: z"
+
+
+def test_phi_speech_lora_is_merged(tmp_path):
+    torch.manual_seed(0)
+    for piece in (pieces := tiny_phi()):
+        piece.save_pretrained(tmp_path)
+    with pytest.raises(tars.UserError, match="speech-lora"):
+        SpeechLM.from_pretrained(str(tmp_path))
+    tensors = save_speech_lora(pieces[0], tmp_path)
+    merged = dict(SpeechLM.from_pretrained(str(tmp_path)).model.named_modules())
+    layers = {name: m for name, m in pieces[0].named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("model.layers.")}
+    assert len(layers) == 16
+    for name, layer in layers.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+        torch.testing.assert_close(merged[name].weight.double(), layer.weight.double() + 2 * B @ A, atol=1e-6, rtol=0)
+
+
+def test_full_qwen_checkpoint_gives_the_log_probs_of_its_thinker(tmp_path, questions):
+    """The hub's checkpoint holds thinker, talker and token2wav; only the thinker may be read."""
+    torch.manual_seed(0)
+    model, tokenizer, extractor = tiny_qwen()
+    tensors = {f"thinker.{name}": tensor for name, tensor in thinker_state(model, tmp_path).items()}
+    tensors |= {"talker.codec_head.weight": torch.ones(3, 2), "token2wav.dit.weight": torch.ones(2)}
+    full = tmp_path / "full"
+    Qwen2_5OmniConfig(thinker_config=model.config.to_dict()).save_pretrained(full)
+    assert json.loads((full / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+    tars.save_file(tensors, full / "model.safetensors", {"format": "pt"})
+    logps = []
+    for path in (full, tmp_path / "thinker"):
+        tokenizer.save_pretrained(path)
+        extractor.save_pretrained(path)
+        lm = SpeechLM.from_pretrained(str(path))
+        ids = torch.arange(4 * 2 * 2 * 5).view(4, 2, 2, 5) % 20 + 8
+        logps.append(forward(lm, questions, ids, torch.ones_like(ids))[0])
+    torch.testing.assert_close(logps[0], logps[1], atol=0, rtol=0)
+
+
+def thinker_state(model, tmp_path):
+    """Save the thinker alone under tmp_path/thinker; its tensors as they stand in the file."""
+    model.save_pretrained(tmp_path / "thinker")
+    return load_file(tmp_path / "thinker" / "model.safetensors")
+
+
+def test_unknown_family_is_told_which_are_known(tmp_path):
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(tars.UserError, match="family qwen2; known are qwen2_5_omni, qwen2_5_omni_thinker, phi4_multimodal"):
+        SpeechLM.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("family, parts", [
+    # The paper's and the hub's numbers: 8.93 B = text 7.07 + lm_head 0.55 + audio 0.64 + vision 0.68
+    (Qwen25Omni, {"layers or embeddings": 7.07, "lm_head": 0.545, "audio_tower": 0.64, "visual": 0.676}),
+    # 5.6 B = these 4.74 (the head is tied to the embeddings) + speech-lora 0.46 (r 320) + vision-lora 0.37 (r 256)
+    (Phi4Multimodal, {"layers or embeddings": 3.84, "audio_embed": 0.46, "image_embed": 0.44}),
+])
+def test_default_architecture_has_the_real_models_size(family, parts):
+    settings, _ = evaluation.HUB_SETTINGS[family]
+    with torch.device("meta"):
+        model = family.model_class(family.model_class.config_class(**settings))
+    counts = dict.fromkeys(parts, 0)
+    for name, p in model.named_parameters():
+        part = next((part for part in parts if part in name.split(".")), "layers or embeddings")
+        counts[part] += p.numel() / 1e9
+    assert family.vision_part in parts and counts == {part: pytest.approx(size, abs=0.01) for part, size in parts.items()}
+
+
+# ======================================================================================================================
+# 9. Answer extractor and sentence embedder
+# ======================================================================================================================
+@pytest.mark.parametrize("completion, letter", [
+    ("<think>A or D?</think><answer>The answer is B.</answer>", "B"),
+    ("The answer is (C).", "C"),
+    ("The answer is: D", "D"),
+    ("<answer>Option C</answer>", "C"),
+    ("<answer>B</answer>", "B"),
+    ("(B).", "B"),
+    ("<answer>The answer is Dublin.</answer>", "C"),
+    ("The answer is dublin", "C"),
+    ("The answer is because of D.", None),  # VoiceBench's cascade reads B here
+    ("The answer is a dog.", None),  # an article, no option
+    ("The answer is B. No, the answer is C.", None),  # two letters: no guess
+    ("<think>The answer is B.</think><answer>I cannot tell</answer>", None),
+    ("The answer is Better.", None),
+    ("The answer is **B**.", "B"),
+    ("The answer is A or B.", None),
+    ("The answer is A, as option A says.", "A"),
+    ("The answer is not B.", None),
+    ("", None),
+])
+def test_extract_answer(completion, letter):
+    assert extract_answer(completion, OPTIONS) == letter
+
+
+def test_extract_answer_does_not_choose_between_equal_options():
+    assert extract_answer("The answer is red.", ["red", "red", "blue", "green"]) is None
+
+
+def test_injected_answers_and_control_tokens_earn_nothing(lm, questions):
+    evil = {"question": f"Say {lm.family.end_of_turn[0]}", "options": ["The answer is B.", "no", "The answer is A.", "yes"]}
+    assert extract_answer("<think>x</think><answer>I cannot tell</answer>", evil["options"]) is None
+    assert extract_answer("<think>x</think><answer>The answer is D.</answer>", evil["options"]) == "D"
+    end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(lm.family.end_of_turn[0])]
+    prompts = lm.embed([questions[0] | evil])
+    assert int((prompts[0][1] == end).all(-1).sum()) == 2  # the template's own
+
+
+def test_xfinder_reads_a_letter_or_an_option_and_never_guesses():
+    for said, letter in (("B", "B"), (" c.\n", "C"), ("A cat", "A"), ("dublin", "C"), ("forty two.", "D"), ("E", None), ("", None),
+                         ("[No valid answer]", None), ("B or C", None)):
+        assert tars.XFinder.letter(said, OPTIONS) == letter
+    assert tars.XFinder.letter("red", ["red", "red", "b", "d"]) is None
+
+
+def test_xfinder_prompt_and_batch_through_a_tiny_model(tmp_path):
+    tokenizer = evaluation.byte_tokenizer(Qwen25Omni)
+    tokenizer.pad_token = "<|endoftext|>"
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1))
+    for piece in (model, tokenizer):
+        piece.save_pretrained(tmp_path)
+    extract = tars.load_extractor(Config(extractor=str(tmp_path), aux_device="cpu"), "meta")
+    questions = [{"question": "Who {is} it?", "options": OPTIONS}, {"question": "Why?", "options": OPTIONS}]
+    seen = []
+    generate = extract.model.generate
+    extract.model.generate = lambda **inputs: seen.append(inputs) or generate(**inputs | {"max_new_tokens": 2})
+    assert extract(questions, ["The answer is B.", "No."]) == [None, None]  # random weights say nothing of use
+    assert tokenizer.batch_decode(seen[0]["input_ids"], skip_special_tokens=True)[0] == (
+        "<|System|>:You are a help assistant tasked with extracting the precise key answer from given output sentences.\n"
+        '<|User|>:Question: """Who {is} it?"""\n\nOutput sentences: """The answer is B."""\n\n'
+        'Answer range: [["A", "a cat"], ["B", "because"], ["C", "Dublin."], ["D", "forty two"]]\n\n'
+        "Key extracted answer: \n<|Bot|>:")
+
+
+def test_ngram_embedder_by_hand():
+    # "a b" has the words a, b and the pair "a b"; "a c" shares one of three: cosine 1 / 3.
+    same, other, far = NGramEmbedder().embed(["a b", "a c", "x y"])
+    assert same.norm().item() == pytest.approx(1)
+    assert (same @ other).item() == pytest.approx(1 / 3, abs=1e-6) and (same @ far).item() == 0
+    # "a a" has the word a twice and the pair "a a" once, "a" the word once: 2 / sqrt(2 * 2 + 1 * 1).
+    twice, once = NGramEmbedder().embed(["a a", "a"])
+    assert (twice @ once).item() == pytest.approx(2 / math.sqrt(5), abs=1e-6)
+
+
+def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint, tmp_path):
+    tokenizer = tars.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))])
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, head_dim=8)
+    torch.manual_seed(0)
+    model = Qwen3Model(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["<think>one plus two is three", "<think>one", "<think>one plus two is three. three"]
+    vectors = SentenceEmbedder(str(tmp_path), "cpu").embed(texts)
+    for vector, text in zip(vectors, texts):
+        with torch.no_grad():
+            last = model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0, -1]
+        torch.testing.assert_close(vector, last / last.norm(), atol=1e-5, rtol=0)
+    tars.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)  # one that ends no text
+    with pytest.raises(tars.UserError, match="endoftext"):
+        tars.load_embedder(Config(embedder=str(tmp_path)), "cpu")
+
+
+# ======================================================================================================================
+# 10. Logs, adapter files and checkpoints
+# ======================================================================================================================
+def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(checkpoint, lm, questions, answers, tmp_path):
+    base, _ = forward(lm, questions, *answers)
+    perturb(lm)
+    trained, _ = forward(lm, questions, *answers)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    fresh = SpeechLM.from_pretrained(checkpoint)
+    evaluation.load_adapter(fresh, tmp_path)
+    loaded, _ = forward(fresh, questions, *answers)
+    assert (trained - base).abs().max() > 0.1
+    torch.testing.assert_close(loaded, trained, atol=0, rtol=0)
+
+
+def test_peft_loads_the_adapter_and_agrees(checkpoint, lm, questions, answers, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed; it is needed for this test alone")
+    perturb(lm)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    ids, mask = answers
+    n = int(mask[0, 0, 0].sum())
+    fresh = SpeechLM.from_pretrained(checkpoint)
+    wrapped = peft.PeftModel.from_pretrained(fresh.model, tmp_path)
+    targeted = {name for name, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    assert len(targeted) == 4 * linears(lm)
+    with torch.no_grad():
+        for spoken in (True, False):
+            _, theirs = plain_forward(fresh, questions[0], spoken, ids[0, 0, 0, :n].tolist())
+            _, ours = plain_forward(lm, questions[0], spoken, ids[0, 0, 0, :n].tolist())
+            torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=0)
+
+
+def test_adapter_of_another_model_is_refused(checkpoint, lm, tmp_path):
+    perturb(lm)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tars.save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(tars.UserError, match="another model"):
+        evaluation.load_adapter(SpeechLM.from_pretrained(checkpoint), tmp_path)
+
+
+def test_adapters_that_do_not_fit_are_refused(checkpoint, lm, tmp_path):
+    perturb(lm)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    fresh = lambda: SpeechLM.from_pretrained(checkpoint)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 4}))
+    with pytest.raises(tars.UserError, match="another model"):
+        evaluation.load_adapter(fresh(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(tars.UserError, match="broken adapter"):
+        evaluation.load_adapter(fresh(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(tars.UserError, match="broken adapter"):
+        evaluation.load_adapter(fresh(), tmp_path)
+
+
+def long_flags(small_demo, out):
+    """A run of six steps with a checkpoint every second one."""
+    return [str(x) for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2,
+                             "--save-every", 2, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3, "--eval-batch", 40, "--out", out)]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(small_demo, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(*long_flags(small_demo, out))
+    return out
+
+
+def same_run(a, b):
+    """Two runs left the same behind: adapter, samples, and the log apart from times."""
+    logs = [log_apart_from_times(out) for out in (a, b)]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+    for name in ("adapter_model.safetensors", "samples.jsonl", "summary.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def start(small_demo, out):
+    return subprocess.Popen([sys.executable, *long_flags(small_demo, out)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process, out, steps):
+    """Wait until the log has so many lines."""
+    while process.poll() is None and (not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < steps):
+        time.sleep(0.005)
+
+
+def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    process = start(small_demo, out)
+    wait_for_steps(process, out, 3)
+    process.kill()
+    process.wait()
+    assert not (out / "summary.json").exists()
+    with pytest.raises(tars.UserError, match="unfinished run"):
+        tars.main(long_flags(small_demo, out)[1:])
+    with pytest.raises(tars.UserError, match="another lr"):
+        tars.main([*long_flags(small_demo, out)[1:], "--lr", "0.5", "--resume"])
+    run(*long_flags(small_demo, out), "--resume", "auto")
+    same_run(out, uninterrupted)
+    assert len(list((out / "checkpoints").iterdir())) == 2  # the last two, nothing half-written
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_stopped_by_a_signal_saves_and_says_how_to_go_on(small_demo, uninterrupted, tmp_path, number):
+    out = tmp_path / "run"
+    process = start(small_demo, out)
+    wait_for_steps(process, out, 1)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and list((out / "checkpoints").iterdir()) and "with --resume continues" in errors and "Traceback" not in errors
+    if number == signal.SIGTERM:
+        run(*long_flags(small_demo, out), "--resume")
+        same_run(out, uninterrupted)
+
+
+@slow
+def test_killed_at_twenty_random_moments(small_demo, uninterrupted, tmp_path):
+    """SIGKILL at random moments of a real run, five of the twenty in the middle of writing a checkpoint."""
+    rng = np.random.default_rng(0)
+    torn = ("import os, signal, sys, tars\nsave = tars.save_file\n"
+            "def half(tensors, path, notes):\n    save(tensors, path, notes)\n    open(path, 'r+b').truncate(os.path.getsize(path) // 2)\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            "tars.save_file = lambda t, p, n: (half if 'step-000000{step}' in str(p) else save)(t, p, n)\n"
+            "tars.main(sys.argv[1:])")
+    for trial in range(20):
+        out = tmp_path / f"run{trial}"
+        if trial < 5:
+            code = torn.replace("{step}", str(2 + 2 * (trial % 2)))
+            assert subprocess.run([sys.executable, "-c", code, *long_flags(small_demo, out)[1:]], cwd=HERE, capture_output=True).returncode == -9
+        else:
+            process = start(small_demo, out)
+            wait_for_steps(process, out, rng.integers(0, 6))
+            time.sleep(rng.uniform(0, 0.3))
+            process.kill()
+            process.wait()
+        run(*long_flags(small_demo, out), "--resume", "auto")
+        same_run(out, uninterrupted)
+
+
+def test_checkpoint_older_than_a_setting_has_its_default(tmp_path):
+    cfg = Config(out=str(tmp_path), resume="last")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    tars.save_checkpoint(optimizer, torch.Generator(), 3, {"speech": 0.0, "text": 1.0}, cfg)
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    with tars.safe_open(file, "pt") as tensors:
+        metadata = json.loads(tensors.metadata()["tars"])
+    del metadata["config"]["layers"]
+    tars.save_file(load_file(file), file, {"tars": json.dumps(metadata)})
+    assert tars.find_checkpoint(cfg)[0] == file and set(load_file(file)) == {"trained.0", "generator.0"}
+    with pytest.raises(tars.UserError, match="made with another layers"):
+        tars.find_checkpoint(dataclasses.replace(cfg, layers="1-2"))
+
+
+# ======================================================================================================================
+# 11. Several processes
+# ======================================================================================================================
+RANKED = """
+import sys, zlib, torch, tars
+from tars import *
+path, out = sys.argv[1:]
+if tars.RANKS > 1:
+    dist.init_process_group()
+cfg = Config(group_size=4, lora_rank=2, embedder="ngrams")
+lm = SpeechLM.from_pretrained(path + "/model")
+batch = [load_questions(path + "/train")[i] for i in range(4)][tars.RANK::tars.RANKS]
+optimizer, generator = tars.make_trainable(lm, cfg)
+parameters = optimizer.param_groups[0]["params"]
+with torch.no_grad():
+    for p in parameters:
+        p.normal_(0, 0.05, generator=torch.Generator().manual_seed(p.numel()))
+def rollout(*args):
+    ids, mask = [], []
+    for q in batch:
+        g = torch.Generator().manual_seed(zlib.crc32(q["key"].encode()))
+        ids.append(torch.randint(8, 40, (2, 2, 9), generator=g))
+        mask.append((torch.arange(9) < torch.randint(3, 10, (2, 2, 1), generator=g)).long())
+    return torch.stack(ids), torch.stack(mask), torch.zeros(len(batch), 2, 2, dtype=torch.bool)
+lm.rollout = rollout
+extract = lambda questions, completions: [LETTERS[q["answer_index"]] if i % 2 else None for i, q in enumerate(questions)]
+tars.pick_references = lambda correct, generator: correct.float().argmax(-1, keepdim=True).expand(-1, 2)
+optimizer = torch.optim.SGD(parameters, lr=1.0)
+metrics, _ = tars.train_step(lm, batch, NGramEmbedder(), extract, optimizer, cfg, generator)
+if tars.RANK == 0:
+    save_file({str(i): p.detach() for i, p in enumerate(parameters)} | {"loss": torch.tensor([metrics["loss"]])}, out)
+"""
+
+
+def torchrun(*arguments, **settings):
+    """PyTorch's own launcher with two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, **settings)
+
+
+def test_two_processes_make_the_same_first_update_as_one(small_demo, tmp_path):
+    (tmp_path / "ranked.py").write_text(RANKED)
+    run(tmp_path / "ranked.py", small_demo, tmp_path / "one")
+    done = torchrun(tmp_path / "ranked.py", small_demo, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) == 57
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
+
+
+@slow
+def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
+    flags = long_flags(small_demo, tmp_path / "whole")
+    done = torchrun(*flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("held-out questions") == 1
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *long_flags(small_demo, out)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for_steps(process, out, 3)
+    children = [p for p in Path("/proc").glob("[0-9]*/stat") if f" {process.pid} " in p.read_text().split(")", 1)[1][:20]]
+    os.kill(int(children[-1].parent.name), signal.SIGKILL)  # one rank dies: the job ends
+    assert process.wait(timeout=120) != 0
+    done = torchrun(*long_flags(small_demo, out), "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_run(out, tmp_path / "whole")
+
+
+# ======================================================================================================================
+# 12. The command
+# ======================================================================================================================
+def test_help_shows_every_setting():
+    printed = run(HERE / "tars.py", "--help")
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in printed
+    assert "Table 5" in printed and "Eq. (2)" in printed
+
+
+def test_a_mistake_ends_in_one_line_and_code_2(small_demo, tmp_path):
+    for program in ("tars.py", "eval.py"):
+        printed = run(HERE / program, "--model", small_demo / "model", "--data", "no/such/data", "--out", tmp_path / "out", fails=True)
+        assert printed.splitlines()[-1].startswith(f"{program}: no/such/data is no data set directory") and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--group-size", "1"], "--group-size 1"), (["--group-size", "7"], "--group-size 7"), (["--group-size", "2"], "--group-size 2"),
+    (["--temperature", "0"], "--temperature 0"), (["--steps", "2", "--tokens-per-micro-batch", "0"], "--tokens-per-micro-batch 0"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
+    (["--questions-per-step", "0"], "--questions-per-step 0"), (["--lora-rank", "0"], "--lora-rank 0"), (["--save-every", "0"], "--save-every 0"),
+    (["--layers", "deep"], "--layers deep"), (["--layers", "0-2"], "--layers 0-2"), (["--extractor", "no/such"], "--extractor no/such"),
+    (["--model", "no/such/model"], "no usable model"), (["--layers", "3-9"], "--layers 3-9"), (["--embedder", "no/such"], "--embedder no/such"),
+    (["--temperature", "-1"], "--temperature -1"), (["--group-size", "5"], "--group-size 5"), (["--resume"], "no checkpoint to continue from"),
+    (["--eval-data", "FILE"], "FILE is no data set"), (["--data", "DEMO"], "several|no data set"), (["--model", "EMPTY"], "no usable model"),
+    (["--model", "NOTOKENIZER"], "no usable model"), (["--model", "BROKEN"], "no usable model"),
+], ids=str)
+def test_bad_settings_say_what_to_do(small_demo, tmp_path, flags, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name in ("notokenizer", "broken"):
+        shutil.copytree(small_demo / "model", tmp_path / name)
+    for file in (tmp_path / "notokenizer").glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a checkpoint")
+    places = {"FILE": tmp_path / "file", "DEMO": small_demo, "EMPTY": tmp_path / "empty", "NOTOKENIZER": tmp_path / "notokenizer",
+              "BROKEN": tmp_path / "broken"}
+    data = ["--data", str(small_demo / "train"), "--eval-data", str(small_demo / "test"), "--embedder", "ngrams"]
+    with pytest.raises(tars.UserError, match=says.replace("FILE", str(tmp_path / "file"))) as error:
+        tars.main(["--model", str(small_demo / "model"), *data, "--out", str(tmp_path / "out"), *(str(places.get(f, f)) for f in flags)])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_unwritable_output_and_unknown_flag(small_demo, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "Not a directory" in run(*long_flags(small_demo, tmp_path / "file" / "out"), fails=True)
+    with pytest.raises(SystemExit) as error:
+        tars.main(["--no-such-flag"])
+    assert error.value.code == 2
+
+
+def test_full_disk_ends_in_one_line(small_demo, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.part").symlink_to("/dev/full")
+    said = run(*long_flags(small_demo, tmp_path / "run"), fails=True)
+    assert "No space left on device" in said and "Traceback" not in said
+
+
+def test_out_of_memory_ends_in_one_message_with_the_flags_to_lower(small_demo, tmp_path):
+    said = patched(small_demo, tmp_path / "run", "def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')\ntars.train_step = full")
+    assert all(flag in said for flag in ("--tokens-per-micro-batch", "--max-new-tokens", "--questions-per-step", "--max-seconds", "GiB"))
+    assert "Traceback" not in said
+
+
+# ======================================================================================================================
+# data_prep.py: the demo
 # ======================================================================================================================
 def test_demo_sums_are_1210_and_right():
     assert len(SUMS) == len(set(SUMS)) == 1210
@@ -1071,15 +1505,15 @@ def test_demo_tokenizer_gives_back_the_exact_string(checkpoint):
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids
 
 
-# ======================================================================================================================
-# Real data: replicas of each source's layout
-# ======================================================================================================================
-def tone(seconds, rate, channels=1):
-    """A tone of 440 Hz as WAV bytes."""
-    samples = (8000 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(int)
-    return wav(np.repeat(samples[:, None], channels, axis=1), rate)
+def test_demo_holds_out_its_test_sums(small_demo):
+    train, test = load_questions(small_demo / "train"), load_questions(small_demo / "test")
+    assert len(train) == 48 and len(test) == 40 and not set(train["question"]) & set(test["question"])
+    assert set(test["answer_index"]) == {0, 1, 2, 3}
 
 
+# ======================================================================================================================
+# data_prep.py: real data, on replicas of each source's layout
+# ======================================================================================================================
 def replica(path, rows):
     """Write rows as parquet; clips as the hub stores them, {"bytes", "path"}."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1306,113 +1740,6 @@ def test_listener_hears_short_and_long_clips(tmp_path):
 
 
 # ======================================================================================================================
-# The command line, from nothing to a table
-# ======================================================================================================================
-def run(*command, fails=False):
-    """Run a command of the project; its output if it ends as expected."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)})
-    assert (done.returncode == 2) if fails else (done.returncode == 0), done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
-
-
-@pytest.fixture(scope="session")
-def small_demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo") / "demo"
-    # 100 steps teach the LLM the answer's form, not the sums: about one answer in four is right, by luck.
-    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 200, "--speech-steps", 40, "--train-clips", 48,
-        "--val-clips", 8, "--test-clips", 40)
-    return out
-
-
-@pytest.fixture(scope="session")
-def small_run(small_demo, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--tokens-per-micro-batch", 900, "--eval-every", 2, "--lr", 0.003,
-             "--sample-every", 2, "--gradient-checkpointing")
-    printed = run(HERE / "tars.py", *flags, "--out", out / "a")
-    run(HERE / "tars.py", *flags, "--out", out / "b")
-    return out, printed
-
-
-def test_demo_holds_out_its_test_sums(small_demo):
-    train, test = load_questions(small_demo / "train"), load_questions(small_demo / "test")
-    assert len(train) == 48 and len(test) == 40 and not set(train["question"]) & set(test["question"])
-    assert set(test["answer_index"]) == {0, 1, 2, 3}
-
-
-def test_end_to_end_writes_what_it_promises(small_run):
-    out, printed = small_run
-    names = {p.name for p in (out / "a").iterdir()}
-    assert names - {"checkpoints"} == {"adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "samples.jsonl", "summary.json"}
-    summary = json.loads((out / "a" / "summary.json").read_text())
-    assert summary["n_speech"] == summary["n_text"] == 40 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
-    lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and ["eval_speech" in line for line in lines] == [False, True, True]
-    group = json.loads((out / "a" / "samples.jsonl").read_text().splitlines()[0])
-    assert len(group["speech"]) == len(group["text"]) == 4
-    for m in tars.MODALITIES:
-        assert sum(answer["advantage"] for answer in group[m]) == pytest.approx(0, abs=1e-5)
-    assert "MRR" in printed and "before" in printed and "after" in printed
-
-
-def log_apart_from_times(out):
-    """The lines of a log without what measures the machine."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per_second", "peak_gib"))} for line in lines]
-
-
-def test_same_seed_same_log_apart_from_times(small_run):
-    out, _ = small_run
-    assert log_apart_from_times(out / "a") == log_apart_from_times(out / "b")
-    assert (out / "a" / "adapter_model.safetensors").read_bytes() == (out / "b" / "adapter_model.safetensors").read_bytes()
-    assert (out / "a" / "samples.jsonl").read_text() == (out / "b" / "samples.jsonl").read_text()
-
-
-def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo):
-    out, _ = small_run
-    code = (f"import json, tars, eval as evaluation; lm = tars.SpeechLM.from_pretrained({str(small_demo / 'model')!r}); evaluation.load_adapter(lm, {str(out / 'a')!r});"
-            f"cfg = tars.Config(max_new_tokens=26, eval_batch=64);"
-            f"print(json.dumps(tars.evaluate(lm, tars.load_questions({str(small_demo / 'test')!r}), tars.extract_answers, cfg)))")
-    accuracy, summary = json.loads(run("-c", code).splitlines()[-1]), json.loads((out / "a" / "summary.json").read_text())
-    assert accuracy == {"speech": summary["speech"], "text": summary["text"]} and accuracy["text"] > 0
-
-
-def test_help_shows_every_setting():
-    printed = run(HERE / "tars.py", "--help")
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in printed
-    assert "Table 5" in printed and "Eq. (2)" in printed
-
-
-def test_random_weights_rehearses_full_length_answers_without_a_download(tmp_path):
-    torch.manual_seed(0)
-    config = tiny_qwen()[0].config
-    config.text_config.vocab_size = 400
-    config.save_pretrained(tmp_path)
-    printed = run(HERE / "eval.py", "--random-weights", tmp_path, "--audio-seconds", 2, "--questions-per-step", 2, "--max-new-tokens", 7)
-    head, first, second = printed.splitlines()[-3:]
-    assert head.split() == ["step", "embed", "rollout", "rewards", "forward", "backward", "optimizer", "total", "s", "tokens/s", "peak", "GiB"]
-    *phases, total, speed, peak = map(float, second.split()[1:])
-    assert sum(phases) == pytest.approx(total, abs=0.05) and peak > 0.1
-    tokens = 2 * 8 * 7  # every one of 2 x 8 answers has 7 tokens
-    assert tokens / (total + 0.01) - 1 < speed < tokens / (total - 0.01) + 1
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json"}
-
-
-def test_a_mistake_ends_in_one_line_and_code_2(small_demo, tmp_path):
-    for program in ("tars.py", "eval.py"):
-        printed = run(HERE / program, "--model", small_demo / "model", "--data", "no/such/data", "--out", tmp_path / "out", fails=True)
-        assert printed.splitlines()[-1].startswith(f"{program}: no/such/data is no data set directory") and "Traceback" not in printed
-    assert not (tmp_path / "out").exists()
-
-
-def test_missing_column_is_named(small_demo, tmp_path):
-    load_questions(small_demo / "test").remove_columns("options").save_to_disk(tmp_path / "data")
-    with pytest.raises(tars.UserError, match="options"):
-        load_questions(tmp_path / "data")
-
-
-# ======================================================================================================================
 # eval.py
 # ======================================================================================================================
 def test_wilson_interval_by_hand():
@@ -1425,31 +1752,6 @@ def test_interval_of_a_mean_by_hand():
     # 1, 2, 3: mean 2, standard deviation sqrt(2 / 3), 1.96 * 0.8165 / sqrt(3) = 0.9240
     mean, half = evaluation.mean_and_interval(np.array([1.0, 2.0, 3.0]))
     assert (mean, half) == (2.0, pytest.approx(0.9240, abs=1e-4))
-
-
-def test_cosine_per_layer_against_a_float64_loop():
-    speech, text = random_(3, 2, 5, 7), random_(3, 2, 5, 7, seed=1)  # [L, b, C, H]
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    cosines = evaluation.token_cosines(speech, text, mask)
-    for b in range(2):
-        for l in range(3):
-            tokens = [t for t in range(5) if mask[b, t]]
-            assert cosines[b, l].item() == pytest.approx(sum(cos(speech[l, b, t], text[l, b, t]) for t in tokens) / len(tokens), abs=1e-5)
-
-
-def test_layer_cosines_teacher_force_the_text_answer_under_both_prompts(lm, questions):
-    cfg = Config(max_new_tokens=6, eval_batch=3)
-    cosines = evaluation.layer_cosines(lm, questions, cfg)
-    assert cosines.shape == (4, 4)
-    ids, mask, _ = lm.rollout(lm.embed(questions), 1, 6, temperature=0)
-    for b in (0, 3):
-        completion = ids[b, 1, 0, : int(mask[b, 1, 0].sum())].tolist()
-        with torch.no_grad():
-            states = [plain_forward(lm, questions[b], spoken, completion, output_hidden_states=True) for spoken in (True, False)]
-        for l in range(4):
-            speech, text = (output.hidden_states[l + 1][0, P:].double() for P, output in states)
-            expected = sum(cos(s, t) for s, t in zip(speech, text)) / len(completion)
-            assert cosines[b, l].item() == pytest.approx(expected, abs=1e-4)
 
 
 def measure(capsys, *arguments):
@@ -1482,16 +1784,6 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
         (share("base-test", "speech") + share("base-val", "speech")) / 1.6, abs=0.051)
 
 
-def test_eval_layers_curves_and_figures(small_demo, small_run, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it is needed for figures alone")
-    out, _ = small_run
-    printed = measure(capsys, "--model", small_demo / "model", "--adapter", out / "a", "--layers", "--limit", 8, "--plot", tmp_path / "layers.png")
-    assert [line.split()[0] for line in printed.splitlines()[1:6]] == ["layer", "1", "2", "3", "4"]
-    measure(capsys, "--curves", out / "a", out / "b", "--plot", tmp_path / "curves.png")
-    for name in ("layers.png", "curves.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("flags, says", [
     (["--adapter", "no/such/adapter"], "no/such/adapter"),
     (["--data", "no/such/data"], "no/such/data"),
@@ -1522,6 +1814,49 @@ def test_cascade_answers_what_was_heard(lm, questions, monkeypatch):
     expected = lm.model.generate(inputs_embeds=lm.embed_tokens(prompt), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
                                  attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=placeholders(lm))
     assert batches[1][0]["completion"] == lm.tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+def test_cosine_per_layer_against_a_float64_loop():
+    speech, text = random_(3, 2, 5, 7), random_(3, 2, 5, 7, seed=1)  # [L, b, C, H]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    cosines = evaluation.token_cosines(speech, text, mask)
+    for b in range(2):
+        for l in range(3):
+            tokens = [t for t in range(5) if mask[b, t]]
+            assert cosines[b, l].item() == pytest.approx(sum(cos(speech[l, b, t], text[l, b, t]) for t in tokens) / len(tokens), abs=1e-5)
+
+
+def test_layer_cosines_teacher_force_the_text_answer_under_both_prompts(lm, questions):
+    cfg = Config(max_new_tokens=6, eval_batch=3)
+    cosines = evaluation.layer_cosines(lm, questions, cfg)
+    assert cosines.shape == (4, 4)
+    ids, mask, _ = lm.rollout(lm.embed(questions), 1, 6, temperature=0)
+    for b in (0, 3):
+        completion = ids[b, 1, 0, : int(mask[b, 1, 0].sum())].tolist()
+        with torch.no_grad():
+            states = [plain_forward(lm, questions[b], spoken, completion, output_hidden_states=True) for spoken in (True, False)]
+        for l in range(4):
+            speech, text = (output.hidden_states[l + 1][0, P:].double() for P, output in states)
+            expected = sum(cos(s, t) for s, t in zip(speech, text)) / len(completion)
+            assert cosines[b, l].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_eval_layers_curves_and_figures(small_demo, small_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it is needed for figures alone")
+    out, _ = small_run
+    printed = measure(capsys, "--model", small_demo / "model", "--adapter", out / "a", "--layers", "--limit", 8, "--plot", tmp_path / "layers.png")
+    assert [line.split()[0] for line in printed.splitlines()[1:6]] == ["layer", "1", "2", "3", "4"]
+    measure(capsys, "--curves", out / "a", out / "b", "--plot", tmp_path / "curves.png")
+    for name in ("layers.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_table_by_hand():
+    # Three steps of 2, 4 and 9 s: 15 s in all, of which the roll-outs took 1 + 1 + 4 = 6 s or 40 %, median 1 s.
+    log = [{"seconds_rollout": r, "seconds_forward": 0.5, "seconds": s, "tokens": 300, "peak_gib": p} for r, s, p in ((1, 2, 1.5), (1, 4, 2.5), (4, 9, 2.0))]
+    table = [line.split() for line in evaluation.cost_table(log).splitlines()]
+    assert table[2:] == [["rollout", "6.0", "1.000", "40.0"], ["forward", "1.5", "0.500", "10.0"], ["whole", "steps", "15.0", "4.000", "100.0"],
+                         "60 sampled tokens a second, peak memory 2.50 GiB".split()]
 
 
 def test_explain_works_one_group_through(small_demo, capsys):
@@ -1571,314 +1906,19 @@ def test_explain_takes_the_settings_of_a_run(small_demo, tmp_path, capsys):
         assert (two + three) / 2 == pytest.approx(both, abs=0.001)
 
 
-def test_checkpoint_older_than_a_setting_has_its_default(tmp_path):
-    cfg = Config(out=str(tmp_path), resume="last")
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    tars.save_checkpoint(optimizer, torch.Generator(), 3, {"speech": 0.0, "text": 1.0}, cfg)
-    (file,) = (tmp_path / "checkpoints").iterdir()
-    with tars.safe_open(file, "pt") as tensors:
-        metadata = json.loads(tensors.metadata()["tars"])
-    del metadata["config"]["layers"]
-    tars.save_file(load_file(file), file, {"tars": json.dumps(metadata)})
-    assert tars.find_checkpoint(cfg)[0] == file and set(load_file(file)) == {"trained.0", "generator.0"}
-    with pytest.raises(tars.UserError, match="made with another layers"):
-        tars.find_checkpoint(dataclasses.replace(cfg, layers="1-2"))
-
-
-# ======================================================================================================================
-# What real runs meet
-# ======================================================================================================================
-def long_flags(small_demo, out):
-    """A run of six steps with a checkpoint every second one."""
-    return [str(x) for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2,
-                             "--save-every", 2, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3, "--eval-batch", 40, "--out", out)]
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(small_demo, tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run(*long_flags(small_demo, out))
-    return out
-
-
-def same_run(a, b):
-    """Two runs left the same behind: adapter, samples, and the log apart from times."""
-    logs = [log_apart_from_times(out) for out in (a, b)]
-    assert logs[0] == logs[1] and len(logs[0]) == 6
-    for name in ("adapter_model.safetensors", "samples.jsonl", "summary.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes()
-
-
-def start(small_demo, out):
-    return subprocess.Popen([sys.executable, *long_flags(small_demo, out)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_steps(process, out, steps):
-    """Wait until the log has so many lines."""
-    while process.poll() is None and (not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < steps):
-        time.sleep(0.005)
-
-
-def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_path):
-    out = tmp_path / "run"
-    process = start(small_demo, out)
-    wait_for_steps(process, out, 3)
-    process.kill()
-    process.wait()
-    assert not (out / "summary.json").exists()
-    with pytest.raises(tars.UserError, match="unfinished run"):
-        tars.main(long_flags(small_demo, out)[1:])
-    with pytest.raises(tars.UserError, match="another lr"):
-        tars.main([*long_flags(small_demo, out)[1:], "--lr", "0.5", "--resume"])
-    run(*long_flags(small_demo, out), "--resume", "auto")
-    same_run(out, uninterrupted)
-    assert len(list((out / "checkpoints").iterdir())) == 2  # the last two, nothing half-written
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_stopped_by_a_signal_saves_and_says_how_to_go_on(small_demo, uninterrupted, tmp_path, number):
-    out = tmp_path / "run"
-    process = start(small_demo, out)
-    wait_for_steps(process, out, 1)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == 130 and list((out / "checkpoints").iterdir()) and "with --resume continues" in errors and "Traceback" not in errors
-    if number == signal.SIGTERM:
-        run(*long_flags(small_demo, out), "--resume")
-        same_run(out, uninterrupted)
-
-
-@slow
-def test_killed_at_twenty_random_moments(small_demo, uninterrupted, tmp_path):
-    """SIGKILL at random moments of a real run, five of the twenty in the middle of writing a checkpoint."""
-    rng = np.random.default_rng(0)
-    torn = ("import os, signal, sys, tars\nsave = tars.save_file\n"
-            "def half(tensors, path, notes):\n    save(tensors, path, notes)\n    open(path, 'r+b').truncate(os.path.getsize(path) // 2)\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            "tars.save_file = lambda t, p, n: (half if 'step-000000{step}' in str(p) else save)(t, p, n)\n"
-            "tars.main(sys.argv[1:])")
-    for trial in range(20):
-        out = tmp_path / f"run{trial}"
-        if trial < 5:
-            code = torn.replace("{step}", str(2 + 2 * (trial % 2)))
-            assert subprocess.run([sys.executable, "-c", code, *long_flags(small_demo, out)[1:]], cwd=HERE, capture_output=True).returncode == -9
-        else:
-            process = start(small_demo, out)
-            wait_for_steps(process, out, rng.integers(0, 6))
-            time.sleep(rng.uniform(0, 0.3))
-            process.kill()
-            process.wait()
-        run(*long_flags(small_demo, out), "--resume", "auto")
-        same_run(out, uninterrupted)
-
-
-def patched(small_demo, out, patch):
-    """The run of long_flags with a line of Python before it that breaks something; what it said."""
-    code = f"import sys, torch, tars\n{patch}\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))"
-    return run("-c", code, *long_flags(small_demo, out)[1:], "--steps", 40, fails=True)
-
-
-def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path):
-    said = patched(small_demo, tmp_path / "run", "tars.grpo_loss = lambda logps, *rest: logps.sum() * float('nan')")
-    assert "ten steps in a row" in said and "Traceback" not in said
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == 10 and all(line["loss"] is None and line["skipped"] == 1 for line in lines)
-
-
-def test_out_of_memory_ends_in_one_message_with_the_flags_to_lower(small_demo, tmp_path):
-    said = patched(small_demo, tmp_path / "run", "def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')\ntars.train_step = full")
-    assert all(flag in said for flag in ("--tokens-per-micro-batch", "--max-new-tokens", "--questions-per-step", "--max-seconds", "GiB"))
-    assert "Traceback" not in said
-
-
-def test_full_disk_ends_in_one_line(small_demo, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json.part").symlink_to("/dev/full")
-    said = run(*long_flags(small_demo, tmp_path / "run"), fails=True)
-    assert "No space left on device" in said and "Traceback" not in said
-
-
-def test_step_with_a_non_finite_gradient_changes_nothing(lm, questions, answers, monkeypatch):
-    parameters = attach_lora(lm, 8, 32)
-    before = [p.detach().clone() for p in parameters]
-    monkeypatch.setattr(tars, "grpo_loss", lambda logps, *rest: (logps * float("inf")).sum())
-    metrics, *_ = one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters)
-    assert metrics["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, parameters))
-
-
-GOOD = {"key": "q7", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 0, "prompt_for_tts": "Who?"}
-
-
-def float_wav(samples):
-    """32-bit float WAV, which the standard library does not read."""
-    data = np.asarray(samples, "<f4").tobytes()
-    head = b"fmt " + (16).to_bytes(4, "little") + b"\x03\0\x01\0" + (16_000).to_bytes(4, "little") + (64_000).to_bytes(4, "little") + b"\x04\0\x20\0"
-    body = b"WAVE" + head + b"data" + len(data).to_bytes(4, "little") + data
-    return b"RIFF" + len(body).to_bytes(4, "little") + body
-
-
-@pytest.mark.parametrize("change, says", [
-    ({"answer_index": 4}, "q7 has the answer_index 4"), ({"answer_index": -1}, "q7 has the answer_index -1"),
-    ({"options": ["w", "x", "y"]}, "q7 is no question with four options"), ({"options": list("vwxyz")}, "q7 is no question"),
-    ({"options": ["w", "", "y", "z"]}, "q7 is no question"), ({"options": []}, "q7 is no question"), ({"question": ""}, "q7 is no question"),
-    ({"question": " \n"}, "q7 is no question"), ({"question": None}, "q7 is no question"), ({"answer_index": None}, "q7 has the answer_index None"),
-    (["audio"], r"lacks the column.s. audio"), (["options", "key"], r"lacks the column.s. key, options"),
-    (["answer_index"], "answer_index"), (["prompt_for_tts"], "prompt_for_tts"), ([], "an empty one"),
-], ids=str)
-def test_bad_questions_are_named(tmp_path, change, says):
-    row = GOOD | {"audio": {"bytes": tone(0.5, 16_000), "path": None}}
-    data = datasets.Dataset.from_list([row] + ([row | change] if isinstance(change, dict) else []))
-    data = data.remove_columns(change) if change and isinstance(change, list) else data
-    (data if change else data.select([])).save_to_disk(tmp_path / "data")
-    with pytest.raises(tars.UserError, match=says):
-        load_questions(tmp_path / "data")
-
-
-@pytest.mark.parametrize("data, says", [
-    (b"", "unreadable"), (b"RIFF", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
-    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (wav(np.zeros((0, 1), int)), "shorter than 0.1 s"),
-    (tone(301, 8_000), "longer than 300 s .301.00 s."), (float_wav(np.zeros(8000)), "unreadable clip; it is no PCM WAV.*torchcodec"),
-], ids=lambda x: x if isinstance(x, str) else "clip")
-def test_bad_clips_are_named(data, says):
-    with pytest.raises(tars.UserError, match="q7 has an? .*" + says):
-        read_clip(data, "q7")
-
-
-def test_nan_samples_are_named(monkeypatch):
-    monkeypatch.setattr(tars.torchaudio, "load", lambda file: (torch.full((1, 16_000), math.nan), 16_000))
-    with pytest.raises(tars.UserError, match="q7 has a clip with NaN samples"):
-        read_clip(float_wav(np.zeros(8000)), "q7")
-
-
-def test_odd_but_readable_clips_are_read():
-    for clip in (tone(0.5, 48_000), tone(0.5, 44_100, channels=5), tone(0.5, 8_000, channels=2)):
-        assert abs(len(read_clip(clip)) - 8000) <= 1
-    assert read_clip(wav(np.zeros((8000, 1), int))).abs().max() == 0  # silence is a clip like any other to the model
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--group-size", "1"], "--group-size 1"), (["--group-size", "7"], "--group-size 7"), (["--group-size", "2"], "--group-size 2"),
-    (["--temperature", "0"], "--temperature 0"), (["--steps", "2", "--tokens-per-micro-batch", "0"], "--tokens-per-micro-batch 0"), (["--max-new-tokens", "-3"], "--max-new-tokens -3"),
-    (["--questions-per-step", "0"], "--questions-per-step 0"), (["--lora-rank", "0"], "--lora-rank 0"), (["--save-every", "0"], "--save-every 0"),
-    (["--layers", "deep"], "--layers deep"), (["--layers", "0-2"], "--layers 0-2"), (["--extractor", "no/such"], "--extractor no/such"),
-    (["--model", "no/such/model"], "no usable model"), (["--layers", "3-9"], "--layers 3-9"), (["--embedder", "no/such"], "--embedder no/such"),
-    (["--temperature", "-1"], "--temperature -1"), (["--group-size", "5"], "--group-size 5"), (["--resume"], "no checkpoint to continue from"),
-    (["--eval-data", "FILE"], "FILE is no data set"), (["--data", "DEMO"], "several|no data set"), (["--model", "EMPTY"], "no usable model"),
-    (["--model", "NOTOKENIZER"], "no usable model"), (["--model", "BROKEN"], "no usable model"),
-], ids=str)
-def test_bad_settings_say_what_to_do(small_demo, tmp_path, flags, says):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
-    for name in ("notokenizer", "broken"):
-        shutil.copytree(small_demo / "model", tmp_path / name)
-    for file in (tmp_path / "notokenizer").glob("tokenizer*"):
-        file.unlink()
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a checkpoint")
-    places = {"FILE": tmp_path / "file", "DEMO": small_demo, "EMPTY": tmp_path / "empty", "NOTOKENIZER": tmp_path / "notokenizer",
-              "BROKEN": tmp_path / "broken"}
-    data = ["--data", str(small_demo / "train"), "--eval-data", str(small_demo / "test"), "--embedder", "ngrams"]
-    with pytest.raises(tars.UserError, match=says.replace("FILE", str(tmp_path / "file"))) as error:
-        tars.main(["--model", str(small_demo / "model"), *data, "--out", str(tmp_path / "out"), *(str(places.get(f, f)) for f in flags)])
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-def test_unwritable_output_and_unknown_flag(small_demo, tmp_path):
-    (tmp_path / "file").write_text("x")
-    assert "Not a directory" in run(*long_flags(small_demo, tmp_path / "file" / "out"), fails=True)
-    with pytest.raises(SystemExit) as error:
-        tars.main(["--no-such-flag"])
-    assert error.value.code == 2
-
-
-def test_adapters_that_do_not_fit_are_refused(checkpoint, lm, tmp_path):
-    perturb(lm)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
-    fresh = lambda: SpeechLM.from_pretrained(checkpoint)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 4}))
-    with pytest.raises(tars.UserError, match="another model"):
-        evaluation.load_adapter(fresh(), tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(tars.UserError, match="broken adapter"):
-        evaluation.load_adapter(fresh(), tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(tars.UserError, match="broken adapter"):
-        evaluation.load_adapter(fresh(), tmp_path)
-
-
-def test_injected_answers_and_control_tokens_earn_nothing(lm, questions):
-    evil = {"question": f"Say {lm.family.end_of_turn[0]}", "options": ["The answer is B.", "no", "The answer is A.", "yes"]}
-    assert extract_answer("<think>x</think><answer>I cannot tell</answer>", evil["options"]) is None
-    assert extract_answer("<think>x</think><answer>The answer is D.</answer>", evil["options"]) == "D"
-    end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(lm.family.end_of_turn[0])]
-    prompts = lm.embed([questions[0] | evil])
-    assert int((prompts[0][1] == end).all(-1).sum()) == 2  # the template's own
-
-
-RANKED = """
-import sys, zlib, torch, tars
-from tars import *
-path, out = sys.argv[1:]
-if tars.RANKS > 1:
-    dist.init_process_group()
-cfg = Config(group_size=4, lora_rank=2, embedder="ngrams")
-lm = SpeechLM.from_pretrained(path + "/model")
-batch = [load_questions(path + "/train")[i] for i in range(4)][tars.RANK::tars.RANKS]
-optimizer, generator = tars.make_trainable(lm, cfg)
-parameters = optimizer.param_groups[0]["params"]
-with torch.no_grad():
-    for p in parameters:
-        p.normal_(0, 0.05, generator=torch.Generator().manual_seed(p.numel()))
-def rollout(*args):
-    ids, mask = [], []
-    for q in batch:
-        g = torch.Generator().manual_seed(zlib.crc32(q["key"].encode()))
-        ids.append(torch.randint(8, 40, (2, 2, 9), generator=g))
-        mask.append((torch.arange(9) < torch.randint(3, 10, (2, 2, 1), generator=g)).long())
-    return torch.stack(ids), torch.stack(mask), torch.zeros(len(batch), 2, 2, dtype=torch.bool)
-lm.rollout = rollout
-extract = lambda questions, completions: [LETTERS[q["answer_index"]] if i % 2 else None for i, q in enumerate(questions)]
-tars.pick_references = lambda correct, generator: correct.float().argmax(-1, keepdim=True).expand(-1, 2)
-optimizer = torch.optim.SGD(parameters, lr=1.0)
-metrics, _ = tars.train_step(lm, batch, NGramEmbedder(), extract, optimizer, cfg, generator)
-if tars.RANK == 0:
-    save_file({str(i): p.detach() for i, p in enumerate(parameters)} | {"loss": torch.tensor([metrics["loss"]])}, out)
-"""
-
-
-def torchrun(*arguments, **settings):
-    """PyTorch's own launcher with two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, **settings)
-
-
-def test_two_processes_make_the_same_first_update_as_one(small_demo, tmp_path):
-    (tmp_path / "ranked.py").write_text(RANKED)
-    run(tmp_path / "ranked.py", small_demo, tmp_path / "one")
-    done = torchrun(tmp_path / "ranked.py", small_demo, tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
-    assert one.keys() == two.keys() and len(one) == 57
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
-
-
-@slow
-def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
-    flags = long_flags(small_demo, tmp_path / "whole")
-    done = torchrun(*flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("held-out questions") == 1
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *long_flags(small_demo, out)]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    wait_for_steps(process, out, 3)
-    children = [p for p in Path("/proc").glob("[0-9]*/stat") if f" {process.pid} " in p.read_text().split(")", 1)[1][:20]]
-    os.kill(int(children[-1].parent.name), signal.SIGKILL)  # one rank dies: the job ends
-    assert process.wait(timeout=120) != 0
-    done = torchrun(*long_flags(small_demo, out), "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
-    same_run(out, tmp_path / "whole")
+def test_random_weights_rehearses_full_length_answers_without_a_download(tmp_path):
+    torch.manual_seed(0)
+    config = tiny_qwen()[0].config
+    config.text_config.vocab_size = 400
+    config.save_pretrained(tmp_path)
+    printed = run(HERE / "eval.py", "--random-weights", tmp_path, "--audio-seconds", 2, "--questions-per-step", 2, "--max-new-tokens", 7)
+    head, first, second = printed.splitlines()[-3:]
+    assert head.split() == ["step", "embed", "rollout", "rewards", "forward", "backward", "optimizer", "total", "s", "tokens/s", "peak", "GiB"]
+    *phases, total, speed, peak = map(float, second.split()[1:])
+    assert sum(phases) == pytest.approx(total, abs=0.05) and peak > 0.1
+    tokens = 2 * 8 * 7  # every one of 2 x 8 answers has 7 tokens
+    assert tokens / (total + 0.01) - 1 < speed < tokens / (total - 0.01) + 1
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json"}
 
 
 # ======================================================================================================================
