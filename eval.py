@@ -42,6 +42,7 @@ from tars import (
     LETTERS,
     MODALITIES,
     SAMPLE_RATE,
+    TEXT,
     Config,
     LoRALinear,
     NGramEmbedder,
@@ -206,7 +207,7 @@ def compare(args, cfg, sets):
         measured = {}
         for data, questions in sets.items():
             answer = partial(answer_greedily, lm, questions, extract, cfg)
-            records = cached_records(name, data, questions, 2, answer, args, cfg)
+            records = cached_records(name, data, questions, len(MODALITIES), answer, args, cfg)
             measured[data] = {m: [r for r in records if r["modality"] == m] for m in MODALITIES}
         if base_text is None:
             base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
@@ -285,15 +286,15 @@ def layer_cosines(lm, questions, cfg):
     cosines = []
     for batch in question_batches(questions, cfg.eval_batch, "layers"):
         prompts = lm.embed(batch)  # b lists of M prompts [P, H]
-        ids, mask, _ = lm.rollout([[written] for _, written in prompts], 1, cfg.max_new_tokens, temperature=0)
+        ids, mask, _ = lm.rollout([[question[TEXT]] for question in prompts], 1, cfg.max_new_tokens, temperature=0)
         answer, mask = lm.embed_tokens(ids[:, 0, 0]), mask[:, 0, 0]  # [b, C, H], [b, C]
-        embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [b * 2, P, H]
-        embeds = torch.cat([embeds, answer.repeat_interleave(2, 0)], dim=1)  # [b * 2, P + C, H]
-        seen = torch.cat([prompt_mask, mask.repeat_interleave(2, 0)], dim=1)  # [b * 2, P + C]
+        embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [b * M, P, H]
+        M, P = len(prompts[0]), prompt_mask.shape[1]
+        embeds = torch.cat([embeds, answer.repeat_interleave(M, 0)], dim=1)  # [b * M, P + C, H]
+        seen = torch.cat([prompt_mask, mask.repeat_interleave(M, 0)], dim=1)  # [b * M, P + C]
         states = lm.run_decoder(embeds, seen, positions(seen), output_hidden_states=True).hidden_states[1:]
-        P = prompt_mask.shape[1]
-        states = torch.stack([h[:, P:].unflatten(0, (-1, 2)) for h in states])  # [L, b, 2, C, H]
-        cosines.append(token_cosines(states[:, :, 0], states[:, :, 1], mask).cpu())
+        states = torch.stack([h[:, P:].unflatten(0, (-1, M)) for h in states])  # [L, b, M, C, H]
+        cosines.append(token_cosines(states[:, :, 0], states[:, :, TEXT], mask).cpu())
     return torch.cat(cosines)
 
 
