@@ -66,10 +66,10 @@ from tars import (
 # ======================================================================================================================
 # 1. The demo's questions: two-step sums over 0..9, four options
 #
-# The demo needs no download. Its questions are spoken two-step sums, its voice a small formant synthesiser, and its
-# base model a 1.2 M parameter Qwen2.5-Omni thinker made the way speech LLMs are made: first the LLM learns to reason in
-# writing, then it is frozen and the audio encoder and projector learn to feed it. The second stage is cut short on
-# purpose: the model that results reasons well in writing and stumbles over speech, which is what TARS is for.
+# The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
+# model is a Qwen2.5-Omni thinker of 1.2 M parameters. It is trained as speech LLMs are: first the LLM learns to reason
+# in writing; then it is frozen, and audio encoder and projector learn to feed it. Stage 2 is stopped early on purpose:
+# the model then reasons well in writing and badly in speech, which is the gap that TARS closes.
 # ======================================================================================================================
 DIGITS = "zero one two three four five six seven eight nine".split()
 SIGNS = {"plus": 1, "minus": -1}
@@ -172,7 +172,7 @@ PAUSE = " …"  # what the LLM's own vocabulary has for silence
 
 
 def demo_texts(rng):
-    """Everything the demo's model will ever read or write, for its tokenizer."""
+    """All texts of the demo's prompts and answers, for its tokenizer."""
     texts = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
     for i, expression in enumerate(expressions()):
         texts += [written_question(sum_question(expression, i % 4, rng, "")), worked_answer(expression, i % 4)]
@@ -219,8 +219,8 @@ def demo_model(tokenizer):
 def lesson(expressions, rng, step, steps):
     """24 exercises (expression, look_up). With look_up the result is given; only its letter must be found.
 
-    Looking up comes first and alone: mixed with sums from the start it is learnt much later. Then some one-step sums go
-    with the two-step ones, so that the LLM learns to add and not a few hundred sums by heart.
+    Looking up comes first and alone: mixed with sums from the start it is learnt much later. Then one-step sums are
+    mixed with the two-step ones, so that the LLM learns to add instead of memorising the training sums.
     """
 
     def draw(count):
@@ -235,9 +235,8 @@ def lesson(expressions, rng, step, steps):
 def text_batch(tokenizer, exercises, rng, pauses):
     """Training rows for the LLM -> ids, attention mask and loss weights, each [rows, T].
 
-    With `pauses` above 0 the questions are written as speech sounds: without line breaks, and with up to that many
-    pauses a word on average. So the LLM survives audio embeddings, most of which stand for no word, without ever having
-    met one.
+    With `pauses` above 0 the questions look like speech: no line breaks, and up to that many pause tokens a word on
+    average. This makes the LLM robust to audio embeddings, most of which stand for no word.
     """
     token = tokenizer.convert_tokens_to_ids
     letters = [token(f" {letter}") for letter in LETTERS]
@@ -261,7 +260,7 @@ def text_batch(tokenizer, exercises, rng, pauses):
 
     ids = pad([p + a for p, a in zip(prompts, answers)])
     mask = pad([[1] * (len(p) + len(a)) for p, a in zip(prompts, answers)])
-    # The option's letter is the hard part and one token among twenty: it weighs three times as much.
+    # The option's letter is the hard part and only one token of twenty: it has three times the weight.
     weights = pad([[0.0] * len(p) + [3.0 if t in letters else 1.0 for t in a] for p, a in zip(prompts, answers)])
     return ids, mask, weights
 
@@ -269,7 +268,7 @@ def text_batch(tokenizer, exercises, rng, pauses):
 def train_llm(model, tokenizer, expressions, rng, steps):
     """Stage 1: teach the LLM to look options up, then to reason in writing."""
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
-    # Without strong weight decay it learns sums by heart, and new ones go wrong.
+    # Without strong weight decay it memorises the training sums and fails on new ones.
     learnt = [*decoder.parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(learnt, lr=2e-3, weight_decay=0.3)
     bar = tqdm(range(steps), desc="base model 1/2: LLM learns to reason in writing", unit="step")
@@ -320,7 +319,7 @@ def answer_loss(lm, spoken, answers):
     before = table[lm.tokenizer(lm.family.before_user + lm.family.before_audio).input_ids]  # [tokens, H]
     after = table[lm.tokenizer(lm.family.after_audio + lm.family.after_user).input_ids]  # [tokens, H]
     rows = [torch.cat([before, clip, after, table[answer]]) for clip, answer in zip(spoken, answers)]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padded on the right, where nothing looks
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padded on the right, which causal attention ignores
     hidden = lm.decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
     predicts = [h[len(row) - len(a) - 1 : len(row) - 1] for h, row, a in zip(hidden, rows, answers)]
     return F.cross_entropy(lm.model.lm_head(torch.cat(predicts)), torch.cat(answers))
@@ -339,12 +338,12 @@ def spoken_accuracy(lm, questions):
 
 
 def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
-    """Stage 2, the LLM frozen: audio encoder and projector learn to speak the LLM's language, and are stopped early.
+    """Stage 2, the LLM frozen: audio encoder and projector are aligned with the LLM's embeddings, and stopped early.
 
-    For the first third of the steps each audio embedding is drawn to a word embedding of the LLM: to the word's where
-    a word ends, to the pause elsewhere. Then the loss of the worked answer is added, at a twentieth of the learning
-    rate, for it works fast. Training stops as soon as the accuracy on spoken questions `val` reaches `stop_at`: the
-    starved regime that the demo is about.
+    For the first third of the steps each audio embedding is aligned with a word embedding of the LLM: that of the word
+    where a word ends, that of the pause elsewhere. Then the loss of the worked answer is added, at a twentieth of the
+    learning rate, because it learns fast. Training stops when the accuracy on the spoken questions `val` reaches
+    `stop_at`.
     """
     lm.model.requires_grad_(False)
     tower = [p.requires_grad_(True) for name, p in lm.model.named_parameters() if "audio_tower" in name]
@@ -384,7 +383,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
 # ======================================================================================================================
 # 4. The demo as a whole
 # ======================================================================================================================
-# What tars.py should use with this model instead of the paper's settings, written beside the checkpoint.
+# tars.py's defaults for this model instead of the paper's, saved beside it as tars_config.json.
 DEMO_SETTINGS = {
     "data": "../train", "eval_data": "../test", "embedder": "ngrams", "questions_per_step": 16, "max_new_tokens": 26,
     "steps": 200, "lr": 1.6e-3, "gradient_checkpointing": False, "eval_batch": 64,
@@ -392,10 +391,10 @@ DEMO_SETTINGS = {
 
 
 def demo(args):
-    """The offline demo under args.out: model/ (base checkpoint), train/ and test/ (spoken questions)."""
+    """The offline demo under args.out: model/ (the base model), train/, val/ and test/ (spoken questions)."""
     out = Path(args.out)
     if out.exists():
-        raise UserError(f"{out} is there already: remove it to build the demo anew, or give another --out")
+        raise UserError(f"{out} exists already: remove it to build the demo anew, or give another --out")
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     sums = list(expressions())
@@ -430,7 +429,7 @@ def demo(args):
 
 
 # ======================================================================================================================
-# 5. Real questions: one function a source, from its row to ours
+# 5. Real questions: one function a source, which converts a row
 # ======================================================================================================================
 class Lost(Exception):
     """A row that is left out. The message is the reason; rows are counted by it."""
@@ -447,7 +446,7 @@ def four(options):
 
 
 def checked(question, options, answer_index, prompt):
-    """The written part of a row of ours. Raises Lost where it is no question with four options and an answer."""
+    """The text columns of a row. Raises Lost unless it is a question with four options and an answer."""
     if not question.strip():
         raise Lost("an empty question")
     options = four(options)
@@ -457,7 +456,7 @@ def checked(question, options, answer_index, prompt):
 
 
 def clean_clip(audio, key, max_seconds):
-    """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost for a clip that no model could learn from."""
+    """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost if it is unreadable, silent, too short or too long."""
     try:
         waveform = read_clip(audio["bytes"] or Path(audio["path"] or "").read_bytes(), key)
     except ClipError as error:
@@ -472,7 +471,7 @@ def clean_clip(audio, key, max_seconds):
 
 
 def from_tars(index, row, args):
-    """A row of the authors' training set: the columns are ours already, the clip is theirs."""
+    """A row of the authors' training set: same column names, the clip is converted."""
     ours = checked(row["question"], row["options"], row["answer_index"], row["prompt_for_tts"])
     extra = {"tts_wer": float(row["tts_wer"])} if row.get("tts_wer") is not None else {}
     return ours | extra | {"audio": clean_clip(row["audio"], row["key"], args.max_seconds)}
@@ -484,7 +483,7 @@ INSTRUCTION = r"\n\s*\n|\nWhat is the answer to the above multiple choice questi
 def parse_prompt(prompt):
     """A VoiceBench prompt -> question and options. All of them may wrap over lines.
 
-    Raises Lost where the lines that open an option are not A, B, C and D in this order: nothing is ever cut silently.
+    Raises Lost where the lines that open an option are not A, B, C and D in this order: nothing is cut silently.
     """
     openings = list(re.finditer(r"^[ \t]*([A-Z])\.[ \t]+", prompt, re.MULTILINE))
     letters = "".join(opening[1] for opening in openings)
@@ -513,7 +512,7 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".sp
 
 
 def without_blanks(question):
-    """A question as one says it: `____` at the end becomes "what?", one blank "what", several "first blank", ..."""
+    """The question as it is spoken: `____` at the end becomes "what?", one blank "what", several "first blank", ..."""
     question = re.sub(r"\s*_{2,}\.$", " what?", question)
     blanks = len(re.findall(r"_{2,}", question))
     names = iter(["what"] if blanks == 1 else [f"{ordinal} blank" for ordinal in ORDINALS] + ["blank"] * blanks)
@@ -521,7 +520,7 @@ def without_blanks(question):
 
 
 def from_mmlu(index, row, args):
-    """A row of cais/mmlu, spoken here: several tries, the first that Whisper understands to within 10 % is kept."""
+    """A row of cais/mmlu, spoken up to args.tries times: the first clip with a word error rate below 10 % is kept."""
     ours = checked(row["question"], row["choices"], row["answer"], "")
     ours["prompt_for_tts"] = written_question(ours | {"question": without_blanks(ours["question"])})
     if len(ours["prompt_for_tts"]) > 2000:
@@ -536,7 +535,7 @@ def from_mmlu(index, row, args):
 
 
 # ======================================================================================================================
-# 6. Speaking and listening with models
+# 6. Speech synthesis and recognition
 # ======================================================================================================================
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen nineteen").split()
@@ -558,9 +557,9 @@ def number_words(n):
 
 
 def spell_out(text):
-    """Text -> lower-case words of a-z and apostrophes: numbers and symbols as one says them, line ends as ". ".
+    """Text -> lower-case words of a-z and apostrophes: numbers and symbols as they are spoken, line ends as ". ".
 
-    A symbol without a word of its own is called by its Unicode name: a Greek letter "alpha", a root "square root".
+    A symbol that is not in SYMBOLS is spoken by its Unicode name: a Greek letter "alpha", a root "square root".
     """
     def number(match):
         whole, _, fraction = match[0].replace(",", "").partition(".")
@@ -606,7 +605,7 @@ def word_error_rate(reference, hypothesis):
 
 
 def reading_error(prompt, transcript):
-    """The paper's filter: the word error rate, or 1 for a reading that never came to "option d"."""
+    """The paper's filter: the word error rate, or 1 if the transcript lacks "option d"."""
     return word_error_rate(prompt, transcript) if "option d" in " ".join(spoken_words(transcript)) else 1.0
 
 
@@ -619,7 +618,7 @@ class Voice:
 
     @torch.no_grad()
     def speak(self, text, seed):
-        """Text -> waveform [T] at 16 kHz. `seed` (a tuple) draws noise and speaking rate: each reading is another."""
+        """Text -> waveform [T] at 16 kHz. `seed` (a tuple of integers) sets noise and speaking rate."""
         rng = np.random.default_rng(seed)
         torch.manual_seed(int(rng.integers(2**31)))
         self.model.speaking_rate, self.model.noise_scale = rng.uniform(0.85, 1.1), rng.uniform(0.4, 0.8)
@@ -640,7 +639,7 @@ class Listener:
     @torch.no_grad()
     def transcribe(self, waveform):
         """Waveform [T] at 16 kHz, of any length -> text."""
-        # Whisper hears windows of 30 s: a shorter clip is padded to one, a longer one is heard window by window.
+        # Whisper takes windows of 30 s: a shorter clip is padded to one, a longer one is transcribed window by window.
         long = len(waveform) > self.feature_extractor.n_samples
         features = self.feature_extractor(np.asarray(waveform), sampling_rate=SAMPLE_RATE, truncation=not long,
                                   padding="longest" if long else "max_length", return_attention_mask=True,
@@ -650,10 +649,10 @@ class Listener:
 
 
 # ======================================================================================================================
-# 7. From a source to a data set, resumably
+# 7. From a source to a data set; a stopped run continues
 # ======================================================================================================================
 class Source(NamedTuple):
-    """Where a source's rows are, which columns they must have, and the function that makes ours of one."""
+    """Where a source's rows are, which columns they must have, and the function that converts one."""
 
     origin: str
     config: str | None
@@ -702,7 +701,7 @@ def open_source(source, origin):
 
 
 def resume(file, begun):
-    """The rows that an interrupted run has done, from its rows.jsonl, whose first line says how it was begun."""
+    """The finished rows of an interrupted run, from its rows.jsonl, whose first line holds the run's settings."""
     if not file.exists():
         file.write_text(json.dumps(begun) + "\n")
     text = file.read_text()
@@ -715,10 +714,10 @@ def resume(file, begun):
 
 
 def convert(name, args):
-    """Make the data set `args.out` of source `name`. A run that was stopped continues where it was: no clip twice."""
+    """Make the data set `args.out` of source `name`. A stopped run continues: no clip is made twice."""
     source, out = SOURCES[name], Path(args.out)
     if out.exists():
-        raise UserError(f"{out} is there already: remove it to make it anew, or give another --out")
+        raise UserError(f"{out} exists already: remove it to make it anew, or give another --out")
     rows = open_source(source, args.origin or source.origin)
     count = min(len(rows), args.limit or len(rows))
     part = out.with_name(out.name + ".part")  # what is done so far
@@ -761,7 +760,7 @@ def convert(name, args):
 
 
 def load_speech_models(args):
-    """The voice and the listener of `mmlu`."""
+    """The speech synthesis and recognition models of `mmlu`."""
     return (load_helper(Voice, "--tts", args.tts, DEVICE),
             load_helper(Listener, "--asr", args.asr, DEVICE))
 

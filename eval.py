@@ -99,7 +99,7 @@ def mean_and_interval(values):
 
 
 def table(head, rows):
-    """Rows of strings under a head, columns as wide as they need, the first to the left."""
+    """Rows of strings under a head: columns as wide as needed, the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row):
@@ -112,7 +112,7 @@ def table(head, rows):
 # 2. Table 1: accuracy on speech (A) and on text (T), MRR
 # ======================================================================================================================
 def load_adapter(lm, path):
-    """Put a saved adapter on a base model, in place of an earlier one. Raises UserError if it is no adapter of it."""
+    """Attach a saved adapter in place of any other. Raises UserError if it is missing, broken or of another model."""
     path = Path(path)
     if not (path / "adapter_config.json").exists():
         raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
@@ -153,7 +153,7 @@ def speech_lms(args):
 
 
 def cached_records(name, data, questions, each, answer, args, cfg):
-    """The records of one measurement, `each` of them a question, in order; every one is written to a file in args.out.
+    """The records of one measurement, `each` of them a question, in order; all are kept in a file in args.out.
 
     Those of an earlier run are read from there, the rest come in batches from answer(first question). The file's name
     holds a hash of everything the answers depend on.
@@ -193,7 +193,7 @@ def cascade(lm, listener, questions, extract, cfg, start):
 
 
 def accuracy_cell(records):
-    """Records -> (accuracy in percent, the cell that shows it)."""
+    """Records -> (accuracy in percent, the table cell with its interval)."""
     right, n = sum(r["right"] for r in records), len(records)
     low, high = wilson(right, n)
     return 100 * right / n, f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
@@ -244,7 +244,7 @@ def row_of(name, measured, base_text):
 
 
 # ======================================================================================================================
-# 3. Recognition: is it what improved?
+# 3. Word error rate: did recognition improve, and not reasoning?
 # ======================================================================================================================
 def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
@@ -322,7 +322,7 @@ def drift(args, cfg, sets):
 # 5. Curves over training
 # ======================================================================================================================
 def curves(args):
-    """Draw reward terms, accuracy in roll-outs and on the evaluation set, and MRR over steps, from each run's log."""
+    """Plot rewards, accuracy in roll-outs and on the evaluation set, and MRR over steps; print where time went."""
     plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
     panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"),
@@ -366,7 +366,7 @@ def read_run(run):
         log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
         return log, json.loads((Path(run) / "summary.json").read_text())["base_text"]
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is not there: give the --out directory of a finished run") from error
+        raise UserError(f"{error.filename} does not exist: give the --out directory of a finished run") from error
 
 
 def pyplot():
@@ -382,12 +382,12 @@ def pyplot():
 
 
 def ticks(layers):
-    """At most about ten layers to name on an axis."""
+    """About ten of the layers, as ticks of an axis."""
     return list(layers)[:: math.ceil(len(layers) / 10)]
 
 
 def save(figure, path):
-    """Write a figure. Raises UserError where that cannot be done."""
+    """Save a figure. Raises UserError if it cannot be written."""
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
@@ -569,7 +569,7 @@ def random_weights(args):
 # 8. The command line
 # ======================================================================================================================
 def main(arguments=None):
-    """Measure what the command line names."""
+    """Parse the command line and run one of the measurements."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default, help in (
@@ -620,7 +620,7 @@ def main(arguments=None):
 
 
 def not_built(folder):
-    """parse_config would build the demo here; measuring needs one that was trained."""
+    """In place of parse_config's build_demo: an untrained demo is not worth measuring."""
     raise UserError(f"{folder} does not exist: run `python tars.py` first, or give --model")
 
 

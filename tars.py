@@ -13,7 +13,7 @@ dense rewards matter because they still differ when every spoken answer of a gro
   spoken prompt  -->  G/2 spoken answers   -->  R_base + alpha R_rep + beta R_beh  -->  R - mean of speech  --+
                                                          (states)     (text)                                  |
                                                             ^            ^                                    +--> loss
-                                 y*, a correct one  --------+------------+                                    |
+                        y*, a correct one for each  --------+------------+                                    |
                                        ^                                                                      |
   written prompt -->  G/2 written answers  -->  R_base                             -->  R - mean of text    --+
 
@@ -21,19 +21,19 @@ B questions, M modalities (0 speech, 1 text), G samples of a question (G/2 per m
 tokens, T tokens, N rows of any kind, L layers, H hidden size, V vocabulary, D size of a sentence embedding.
 
   Eq.   function                  what it is                                         test in test_tars.py
-  (1)   modality_recovery_rate    speech accuracy in percent of the text backbone    test_eq1_*
+  (1)   modality_recovery_rate    speech accuracy / base model's text accuracy       test_eq1_*
   (2)   total_reward              R = R_base + alpha R_rep + beta R_beh              test_eq2_*
   (3)   base_reward               R_base = R_acc + lambda R_fmt                      test_eq3_*
-  (4)   pool_hidden_states        mean over the generated positions of a layer       test_eq4_*
+  (4)   pool_hidden_states        mean of a layer's states over the answer's tokens  test_eq4_*
   (5)   representation_reward     mean over layers of cos(speech, text)              test_eq5_*
   (6)   behavior_reward           cos(E(speech answer), E(text answer))              test_eq6_*
   (7)   modality_advantages       A = r - mean of its own modality                   test_eq7_*
   loss  token_weights, grpo_loss  clipped surrogate over the tokens of the batch     test_loss_*
   all   train_step                one step of the algorithm, numbered                test_step_*
 
-Where paper and official code differ, the paper is followed (README has the table). Chosen here, as the paper does not
-say: LoRA without dropout, so that roll-out and update see one policy; pooling counts the end-of-turn; regular
-expressions extract the answer, xFinder on request; one forward pass gives log-probs and hidden states.
+Where paper and official code differ, the paper is followed (README has the table). Chosen here: LoRA has no dropout, so
+that roll-out and update see one policy; pooling includes the end-of-turn; one forward pass gives log-probs and hidden
+states; regular expressions extract the answer (the paper: xFinder, here `--extractor`).
 
   python tars.py                                       # the whole method, offline on a laptop
   python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR
@@ -78,6 +78,7 @@ from transformers.utils import cached_file
 MODALITIES = ("speech", "text")
 TEXT = 1
 LETTERS = "ABCD"
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: process r of R
 
 
 # ==== 1. Config: the paper's Table 5 ==================================================================================
@@ -89,7 +90,7 @@ def setting(default, meaning, paper="", **flag):
 
 @dataclass
 class Config:
-    """Every hyper-parameter, with the paper's value as default; the command line is made from these fields.
+    """Every hyper-parameter; its default is the paper's value where a place is given. The flags are these fields.
     A model directory may hold a tars_config.json with other defaults. Flags override it, it overrides these.
     """
 
@@ -183,14 +184,14 @@ def pick_references(text_correct, generator=None):
     text_correct: bool [B, G/2] -> index of a written answer, long [B, G/2]; -1 in a group without a correct one.
     """
     none = ~text_correct.any(-1, keepdim=True)  # [B, 1]
-    weights = text_correct.float() + none.float()  # where none is correct any weights do: -1 replaces the draw
-    drawn = torch.multinomial(weights, text_correct.shape[-1], replacement=True, generator=generator)  # [B, G/2]
+    chances = text_correct.float() + none.float()  # [B, G/2]; where none is correct the draw is overwritten with -1
+    drawn = torch.multinomial(chances, text_correct.shape[-1], replacement=True, generator=generator)  # [B, G/2]
     return drawn.masked_fill(none, -1)
 
 
 def reference_features(features, references):
-    """States or embeddings of each answer's reference. features [B, M, G/2, ...], references [B, G/2] -> as features.
-    Zeros, so that the cosine is 0, where there is no reference: for every written answer, and where it is -1.
+    """States or embeddings of each answer's reference: features [B, M, G/2, ...], references [B, G/2] -> as features.
+    Written answers, and spoken ones whose reference is -1, get zeros: the cosine with zeros is 0.
     """
     question = torch.arange(len(features), device=features.device)[:, None, None]  # [B, 1, 1]
     references = references[:, None].repeat(1, features.shape[1], 1)  # [B, M, G/2]
@@ -231,11 +232,11 @@ def modality_advantages(rewards, joint=False):
 def token_weights(completion_mask, n_tokens=None, truncated=None):
     """DAPO's mean over tokens: each token's weight in the loss. completion_mask [..., T], truncated [...] -> [..., T].
     A cut answer (truncated) keeps its reward and counts in the mean of Eq. (7), but not in the loss.
-    n_tokens is the number of the whole batch, if these are a part of it.
-    w_{i,t} = 1 / sum_j |y_j|, and 0 where nothing is learnt: padding and cut answers
+    n_tokens is the token count of the whole batch, if completion_mask is only a part of it.
+    w_{i,t} = 1 / sum_{j not cut} |y_j|, and 0 where nothing is learnt: padding and cut answers
     """
     learnt = completion_mask if truncated is None else completion_mask * ~truncated[..., None]  # [..., T]
-    n_tokens = sum_over_ranks(learnt.sum()) if n_tokens is None else n_tokens
+    n_tokens = sum_over_ranks(learnt.sum()) if n_tokens is None else n_tokens  # of all processes, if there are several
     return learnt / max(n_tokens, 1)
 
 
@@ -257,9 +258,9 @@ def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask,
 # ==== 3. One step of the algorithm ====================================================================================
 def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     """One step of TARS on B questions. Returns the numbers to log, and the first group for a person to read.
-    Every tensor of the step is [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
+    Tensors of answers are [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
     """
-    clock, parameters = Clock(lm.device), optimizer.param_groups[0]["params"]
+    clock, parameters = Clock(lm.device), optimizer.param_groups[0]["params"]  # the clock only measures
 
     # 1. Embed both prompts of every question. Encoder and projector are frozen, so one pass serves roll-out and update.
     prompts = lm.embed(questions)  # B lists of M prompts [P, H]
@@ -268,49 +269,49 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     # 2. Roll out: the model answers every prompt G/2 times.
     rollout = lm.rollout(prompts, cfg.group_size // len(MODALITIES), cfg.max_new_tokens, cfg.temperature, generator)
     completion_ids, completion_mask, truncated = rollout  # [B, M, G/2, C] twice, [B, M, G/2]
-    weights = token_weights(completion_mask, truncated=truncated)  # [B, M, G/2, C]
+    token_w = token_weights(completion_mask, truncated=truncated)  # [B, M, G/2, C], the normaliser of the whole step
     clock.lap("rollout")
 
     # 3. Rewards that need only the text: Eq. (3), the references y*, Eq. (6).
     completions = lm.detokenize(completion_ids, completion_mask)  # B * M * G/2 strings
-    letters, acc, fmt = judge(questions, completions, extract)
+    letters, acc, fmt = judge(questions, completions, extract)  # `extract`: the answer extractor
     acc, fmt = (x.to(lm.device).view(truncated.shape) for x in (acc, fmt))  # [B, M, G/2]
     base = base_reward(acc, fmt, cfg.lam)  # [B, M, G/2]
     references = pick_references(acc[:, TEXT] == 1, generator)  # [B, G/2]
     rep, beh, rewards, advantages = (torch.zeros_like(base) for _ in range(4))  # [B, M, G/2]
     if cfg.beta:
         sentences = embedder.embed(completions).to(lm.device).unflatten(0, base.shape)  # [B, M, G/2, D]
-        beh = behavior_reward(sentences, reference_features(sentences, references))
+        beh = behavior_reward(sentences, reference_features(sentences, references))  # [B, M, G/2]
     clock.lap("rewards")
 
-    layers = layer_weights(cfg.layers, len(lm.decoder.layers)).to(lm.device)  # [L]
-    old_logps = torch.zeros_like(weights)  # [B, M, G/2, C]
+    layer_w = layer_weights(cfg.layers, len(lm.decoder.layers)).to(lm.device)  # [L]
+    old_logps = torch.zeros_like(token_w)  # [B, M, G/2, C]
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
         for batch in micro_batches(prompts, completion_mask, cfg.tokens_per_micro_batch):  # indices of b questions
-            # 4. The paired forward: log-probs with gradient and, from the same pass, pooled hidden states, Eq. (4).
-            C = completion_mask[batch].sum(-1).max()
-            ids, mask, w = (x[batch, ..., :C] for x in (completion_ids, completion_mask, weights))  # [b, M, G/2, C]
+            # 4. One forward: log-probs [b, M, G/2, C] with gradient, pooled states [b, M, G/2, L, H] without, Eq. (4).
+            C = completion_mask[batch].sum(-1).max()  # the longest of these answers
+            ids, mask, w = (x[batch, ..., :C] for x in (completion_ids, completion_mask, token_w))  # [b, M, G/2, C]
             logps, states = lm.forward([prompts[q] for q in batch], ids, mask, cfg.temperature, pool=cfg.alpha != 0)
             clock.lap("forward")
             if update == 0:
                 # 5. Rewards: Eq. (5) and Eq. (2).
                 if cfg.alpha:
                     y_star = reference_features(states, references[batch])  # [b, M, G/2, L, H]
-                    rep[batch] = representation_reward(states, y_star, layers)
+                    rep[batch] = representation_reward(states, y_star, layer_w)  # [b, M, G/2]
                 rewards[batch] = total_reward(base[batch], rep[batch], beh[batch], cfg.alpha, cfg.beta)
                 # 6. Advantages: Eq. (7).
                 advantages[batch] = modality_advantages(rewards[batch], cfg.joint_norm)
                 # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
                 old_logps[batch, ..., :C] = logps.detach()
                 clock.lap("rewards")
-            # 7. Loss, normalised by the tokens of the whole step, and its gradient.
+            # 7. Loss of these questions, and its gradient.
             part = grpo_loss(logps, old_logps[batch, ..., :C], advantages[batch], mask, cfg.eps_low, cfg.eps_high, w)
             part.backward()
             loss += part.item()
             clock.lap("backward")
         # 8. Update, unless loss or gradient norm is not finite.
-        loss = sum_gradients_over_ranks(parameters, loss)
+        loss = sum_gradients_over_ranks(parameters, loss)  # one process: as they are
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
@@ -341,7 +342,7 @@ def layer_weights(layers, L):
     match = re.fullmatch(r"(\d+)-(\d+)", f"1-{L}" if layers == "all" else layers)
     if not match or not 1 <= int(match[1]) <= int(match[2]) <= L:
         raise UserError(f"--layers {layers}: give `all` or a range within 1-{L}, such as 1-{L}")
-    chosen = torch.zeros(L)
+    chosen = torch.zeros(L)  # [L]
     chosen[int(match[1]) - 1 : int(match[2])] = 1
     return chosen / chosen.sum()
 
@@ -349,8 +350,8 @@ def layer_weights(layers, L):
 def micro_batches(prompts, completion_mask, budget):
     """Pack a step's questions into forward passes of at most `budget` tokens, padding included: lists of indices.
     prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C]. A group is never split, because Eq. (5)
-    compares its answers and Eq. (7) takes their mean; a group longer than the budget goes alone. The longest come
-    first: a step too large for memory fails at once, and similar lengths share a batch.
+    compares its answers and Eq. (7) takes their mean; a group longer than the budget goes alone. Questions are sorted,
+    the longest first: a pass too large for memory fails at once, and similar lengths share a pass.
     """
     M, samples = completion_mask.shape[1:3]
     P = [max(map(len, question)) for question in prompts]  # longest prompt of each question
@@ -372,11 +373,11 @@ class SpeechLM:
 
     def __init__(self, family, model, tokenizer, feature_extractor):
         self.family, self.tokenizer, self.feature_extractor = family, tokenizer, feature_extractor
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)  # all is frozen; LoRA adds what is trained
         self.decoder, self.embed_tokens = model.get_decoder(), model.get_input_embeddings()
         self.device = model.device
-        *_, self.pad_id = eos_ids = tokenizer.convert_tokens_to_ids(list(family.end_of_turn))
-        self.eos_ids = torch.tensor(eos_ids, device=self.device)
+        self.eos_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(family.end_of_turn)), device=self.device)
+        self.pad_id = self.eos_ids[-1].item()  # padding after an answer; the mask leaves it out
         self.placeholder_ids = torch.tensor(family.placeholders(model.config), device=self.device)
 
     @classmethod
@@ -410,18 +411,18 @@ class SpeechLM:
                           self.embed_text(self.family.after_audio, special=True)])
 
     def embed_text(self, text, special=False):
-        """Text -> [tokens, H]. Control tokens are parsed only with `special`; in a question they stay plain text."""
+        """Text -> [tokens, H]. Control tokens are parsed only with `special`; in a question they are ordinary text."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
         return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
 
     def logits(self, hidden, temperature):
-        """Last hidden states [N, H] -> logits [N, V] as roll-out samples from them: divided by temperature."""
+        """Last hidden states [N, H] -> logits [N, V], divided by temperature: the distribution of the roll-out."""
         logits = self.model.lm_head(hidden).float()
         logits[:, self.placeholder_ids] = -torch.inf  # a sampled <|AUDIO|> would stand for a clip
         return logits / (temperature or 1.0)  # temperature 0 is greedy: the argmax needs no scaling
 
     def run_decoder(self, embeds, mask, position_ids, **options):
-        """The LLM on [N, T, H]; mask [N, T], or [N, 1, T, cached + T]: query x key."""
+        """The LLM on embeddings [N, T, H]; mask: of padding [N, T], or [N, 1, queries, keys] with all cached keys."""
         return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids,
                             use_cache="past_key_values" in options, **options)
 
@@ -429,13 +430,13 @@ class SpeechLM:
     def rollout(self, prompts, samples, max_new_tokens, temperature, generator=None):
         """Sample completions of each prompt, greedily if `temperature` is 0. prompts: B lists of M prompts [P, H].
         Returns completion_ids and completion_mask [B, M, samples, C] and truncated [B, M, samples]. The mask runs
-        through the first end-of-turn, inclusive, so that ending a turn is learnt too. The samples of a prompt are one
-        row: a step appends `samples` tokens, the cache holds the prompt once. A row leaves when all have ended.
+        through the first end-of-turn, inclusive, so that ending a turn is learnt too. All samples of a prompt share one
+        row, and its cache: each step adds one token per sample. The row is removed once every sample has ended.
         """
         embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [N, P, H], [N, P]
         cache = DynamicCache(config=self.decoder.config)
         output = self.run_decoder(embeds, prompt_mask, positions(prompt_mask), past_key_values=cache)
-        hidden = output.last_hidden_state[:, -1:].expand(-1, samples, -1)  # [N, samples, H]
+        hidden = output.last_hidden_state[:, -1:].expand(-1, samples, -1)  # [N, P, H] -> [N, samples, H]
         ids = torch.full((len(embeds), samples, max_new_tokens), self.pad_id, device=self.device)  # [N, samples, C]
         mask = torch.zeros_like(ids)  # [N, samples, C]
         finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, samples]
@@ -453,14 +454,15 @@ class SpeechLM:
             if not unfinished.all():
                 row, sees = row[unfinished], sees[unfinished]
                 cache.batch_select_indices(unfinished)
-            sees = torch.cat([sees, torch.eye(samples, device=self.device).bool().expand(len(row), -1, -1)], dim=-1)
+            itself = torch.eye(samples, device=self.device).bool().expand(len(row), -1, -1)  # no sample sees a sibling
+            sees = torch.cat([sees, itself], dim=-1)  # [n, samples, P + (t + 1) * samples]
             position_ids = (prompt_mask[row].sum(-1, keepdim=True) + t).expand(-1, samples)  # [n, samples]
             embeds = self.embed_tokens(ids[row, :, t])  # [n, samples, H]
             hidden = self.run_decoder(embeds, sees[:, None], position_ids, past_key_values=cache).last_hidden_state
         return [x.unflatten(0, (len(prompts), -1)) for x in (ids[..., : t + 1], mask[..., : t + 1], ~finished)]
 
     def forward(self, prompts, completion_ids, completion_mask, temperature, pool=True):
-        """The paired forward: log-probs and pooled hidden states of given completions, in one pass.
+        """Log-probs and pooled hidden states of given completions, spoken and written, in one pass.
         prompts: b lists of M prompts [P, H], completion_ids and completion_mask [b, M, G/2, C] -> per_token_logps
         [b, M, G/2, C] with gradient, and Eq. (4) of every layer [b, M, G/2, L, H], detached (None without `pool`).
         """
@@ -468,13 +470,14 @@ class SpeechLM:
         ids, mask = completion_ids.flatten(0, 1), completion_mask.flatten(0, 1)  # [N, G/2, C] with N = b * M
         P, (samples, C) = embeds.shape[1], ids.shape[1:]
         embeds = torch.cat([embeds, self.embed_tokens(ids.flatten(1))], dim=1)  # [N, T, H] with T = P + G/2 * C
-        output = self.run_decoder(embeds, *shared_prompt_row(prompt_mask, mask), output_hidden_states=pool)
+        attention_mask, position_ids = shared_prompt_row(prompt_mask, mask)  # [N, 1, T, T], [N, T]
+        output = self.run_decoder(embeds, attention_mask, position_ids, output_hidden_states=pool)
         hidden = output.last_hidden_state  # [N, T, H]
         # The state at position t-1 predicts token t; for an answer's first token that is the prompt's last position.
         first = hidden[:, None, P - 1 : P].expand(-1, samples, -1, -1)  # [N, G/2, 1, H]
         rest = hidden[:, P:].unflatten(1, (samples, C))[:, :, :-1]  # [N, G/2, C - 1, H]
         predicts = torch.cat([first, rest], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
-        # Logits are made for 1,024 tokens at a time, and once more in backward: those of all tokens never exist.
+        # Logits of 1,024 tokens at a time, recomputed in backward: those of all tokens are never in memory together.
         logps = [recompute(self._token_logps, h, tokens, temperature, use_reentrant=False)
                  for h, tokens in zip(predicts.split(1024), ids.flatten().split(1024))]
         logps = torch.cat(logps).view(completion_ids.shape)  # [b, M, G/2, C]
@@ -482,7 +485,7 @@ class SpeechLM:
             return logps, None
         layers = output.hidden_states[1:]  # L of [N, T, H]; entry 0 is the embedding, the last is after the final norm
         pooled = [pool_hidden_states(layer[:, P:].detach().unflatten(1, (samples, C)), mask) for layer in layers]
-        return logps, torch.stack(pooled, dim=2).float().unflatten(0, completion_ids.shape[:2])
+        return logps, torch.stack(pooled, dim=2).float().unflatten(0, completion_ids.shape[:2])  # L of [N, G/2, H] in
 
     def _token_logps(self, hidden, ids, temperature):
         return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
@@ -523,13 +526,13 @@ def shared_prompt_row(prompt_mask, completion_mask):
         b           1 1 . . 1 1   3
     """
     (_, samples, C), P = completion_mask.shape, prompt_mask.shape[1]
-    step = torch.arange(C, device=prompt_mask.device)
+    step = torch.arange(C, device=prompt_mask.device)  # [C]
     of_answers = (prompt_mask.sum(-1, keepdim=True) + step).repeat(1, samples)  # [N, G/2 * C]
     position_ids = torch.cat([positions(prompt_mask), of_answers], dim=1)  # [N, T] with T = P + G/2 * C
     owner = torch.cat([step.new_full((P,), -1), torch.arange(samples, device=step.device).repeat_interleave(C)])  # [T]
     sees = ((owner == -1) | (owner[:, None] == owner)).tril()  # [T, T]
     present = torch.cat([prompt_mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T]
-    itself = torch.eye(len(owner), dtype=torch.bool, device=step.device)  # of a padded position, or softmax gives NaN
+    itself = torch.eye(len(owner), dtype=torch.bool, device=step.device)  # [T, T]; a query without a key would give NaN
     return (sees & present[:, None, None, :]) | itself, position_ids
 
 
@@ -583,7 +586,7 @@ def question_batches(questions, size, desc, start=0):
 
 
 def answer_greedily(lm, questions, extract, cfg, start=0):
-    """Yield batches of records, one a question and modality; `answer` is None, and wrong, where no option is found."""
+    """Yield batches of records, one a question and modality; an answer that names no one option is None and wrong."""
     for batch in question_batches(questions, cfg.eval_batch, "evaluate", start):
         ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, M, 1, C]
         completions = lm.detokenize(ids, mask)  # b * M strings
@@ -755,9 +758,9 @@ def read_clip(data, key="clip"):
 class Qwen25Omni:
     """Qwen2.5-Omni. A new family needs such a class, listed in FAMILIES below:
 
-    repository, revision      place on the hub and branch to load
+    repository, revision      place on the hub (for eval.py --random-weights) and branch to load
     model_types               names in config.json
-    model_class               with get_decoder(), get_input_embeddings() and lm_head
+    model_class               with get_decoder(), which has `layers`, get_input_embeddings() and lm_head
     feature_extractor_class   from a waveform to what `encode` gives to the encoder
     vision_part               module that stays on the CPU, since no question has a picture
     before_..., after_...     template around the user turn and around a clip
@@ -1130,9 +1133,6 @@ def load_checkpoint(path, optimizer, generator):
 
 
 # ==== 11. Several processes, started by torchrun: rank r takes questions r, r + RANKS, ... ============================
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def sum_over_ranks(x):
     """A tensor -> its sum over all processes."""
     if RANKS > 1:
@@ -1151,7 +1151,7 @@ def sum_gradients_over_ranks(parameters, loss):
 
 
 def mean_over_ranks(metrics):
-    """Numbers of this process's questions -> of all."""
+    """Numbers of this process -> their means over all."""
     means = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64, device=DEVICE)) / RANKS
     return dict(zip(metrics, means.tolist()))
 

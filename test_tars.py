@@ -1674,7 +1674,7 @@ def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
     with pytest.raises(tars.UserError, match="no parquet or arrow file"):
         prepare(capsys, "mmlu", "--origin", tmp_path / "empty", "--out", tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(tars.UserError, match="is there already"):
+    with pytest.raises(tars.UserError, match="exists already"):
         prepare(capsys, "mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "out")
 
 
@@ -2075,5 +2075,5 @@ def test_speed_and_memory_of_the_shared_prefix(small_demo):
     print(f"time, separate rows / shared prefix: {seconds['separate'] / seconds['shared']:.2f}")
     peak = {name: float(run("-c", PEAK, small_demo / "model", name)) for name in case}
     print("peak GiB of the pass:", {name: round(p, 3) for name, p in peak.items()})
-    print(f"memory, shared prefix / separate rows: {peak['shared'] / peak['separate']:.2f}")
+    print(f"memory, separate rows / shared prefix: {peak['separate'] / peak['shared']:.2f}")
     assert seconds["separate"] > 2 * seconds["shared"] and peak["separate"] > 2 * peak["shared"]
