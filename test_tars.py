@@ -210,6 +210,8 @@ def test_references_are_correct_random_and_of_the_same_group():
     assert (drawn[:, 1] == -1).all() and (drawn[:, 2] == 0).all()
     assert 0.45 < (drawn[:, 0] == 1).double().mean() < 0.55  # 1600 draws: 4 standard errors are 0.05
     assert (drawn[:, 0, 0] != drawn[:, 0, 1]).any()  # each spoken answer has a draw of its own
+    again = torch.stack([pick_references(correct, torch.Generator().manual_seed(i)) for i in range(400)])
+    assert torch.equal(drawn, again)
 
 
 def test_reference_features_are_the_drawn_written_answers_and_zero_without_one():
@@ -250,6 +252,11 @@ def test_loss_weights_by_hand():
     assert token_weights(mask, truncated=cut).tolist() == [[0.5, 0.5], [0, 0]]
     assert token_weights(mask, 10).tolist() == [pytest.approx([0.1, 0.1]), pytest.approx([0.1, 0])]
     assert token_weights(mask, truncated=torch.tensor([True, True])).sum() == 0  # and no division by zero
+
+
+def test_loss_weights_count_the_tokens_of_all_processes(monkeypatch):
+    monkeypatch.setattr(tars, "sum_over_ranks", lambda x: x + 6)  # the other process has six tokens: 4 + 6
+    assert token_weights(torch.ones(2, 2)).flatten().tolist() == pytest.approx([0.1] * 4)
 
 
 def loss_by_loop(logps, old, advantages, mask, low, high):
@@ -460,7 +467,7 @@ def one_step(lm, questions, answers, truncated, monkeypatch, parameters, lr=1.0,
     monkeypatch.setattr(lm, "rollout", lambda *args: (*answers, truncated))
     monkeypatch.setattr(tars, "pick_references", lambda *args: drawn.append(pick_references(*args)) or drawn[-1])
     optimizer = Recorder(parameters, lr)
-    cfg = Config(group_size=4, max_grad_norm=1e9, **settings)
+    cfg = Config(**{"group_size": 4, "max_grad_norm": 1e9} | settings)
     metrics, group = train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, torch.Generator().manual_seed(0))
     return metrics, group, drawn[0], optimizer.gradients
 
@@ -502,6 +509,8 @@ def straightforward_step(lm, questions, answers, truncated, references, cfg, par
 ], ids=str)
 def test_step_gradient_equals_the_straightforward_version(lm, questions, answers, monkeypatch, settings):
     perturb(lm)
+    for tensor in answers:  # in questions 1 and 3 the first written answer is the right one
+        tensor[[1, 3], 1] = tensor[[1, 3], 1].flip(1)
     parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
     truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
     truncated[1, 0, 1] = truncated[2, 1, 0] = True
@@ -514,7 +523,7 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     expected = straightforward_step(lm, questions, answers, truncated, references, Config(**settings), parameters)
     for ours, theirs in zip(gradient, expected):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
-    assert (references == 1).all()  # the second text answer is the right one in every group
+    assert references.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]  # the right written answer of each group
     assert metrics["acc_speech"] == metrics["acc_text"] == 0.5 and metrics["no_reference"] == 0
     assert metrics["fmt_speech"] == 0.5 and metrics["fmt_text"] == 1.0
     assert metrics["reward_text"] == pytest.approx(0.5 + Config(**settings).lam)  # written answers earn R_base alone
@@ -522,17 +531,62 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
 
 
 def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, questions, answers, monkeypatch):
-    gradients = []
+    gradients, losses = [], []
+    ids, mask = answers[0], answers[1].clone()
+    mask[3] *= torch.arange(mask.shape[-1]) < mask[3].sum(-1).max() - 4  # one question with shorter answers than the others
+    truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
+    truncated[0, 0, 0] = True
     for budget, checkpointing in ((1, False), (1000, True), (10**6, True)):
         lm = SpeechLM.from_pretrained(checkpoint)
         perturb(lm)
         if checkpointing:
             lm.recompute_layers()
         parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
-        gradients.append(one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, tokens_per_micro_batch=budget)[3][0])
+        metrics, _, _, (gradient,) = one_step(lm, questions, (ids, mask), truncated, monkeypatch, parameters, tokens_per_micro_batch=budget)
+        gradients.append(gradient)
+        losses.append(metrics["loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-6) and abs(losses[0]) > 1e-3
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_step_clips_the_gradient_and_starts_each_update_from_zero(lm, questions, answers, monkeypatch):
+    perturb(lm)
+    parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
+    metrics, _, _, (first, second) = one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters,
+                                              lr=0.0, updates_per_rollout=2, max_grad_norm=1e-3)
+    for a, b in zip(first, second):  # nothing has changed between the two, so neither has the gradient
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-4)
+    norm = torch.cat([g.flatten() for g in first]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-3) and metrics["grad_norm"] > 1e-2  # logged before clipping
+
+
+def test_step_hands_its_settings_on(lm, questions, answers, monkeypatch):
+    seen, generator, forward = [], torch.Generator().manual_seed(0), lm.forward
+    truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
+
+    def rollout(prompts, samples, max_new_tokens, temperature, g):
+        seen.append((len(prompts), samples, max_new_tokens, temperature, g is generator))
+        return (*answers, truncated)
+
+    def spied_forward(prompts, ids, mask, temperature, pool):
+        seen.append((temperature, pool))
+        return forward(prompts, ids, mask, temperature, pool)
+
+    def spied_pick(correct, g):
+        seen.append(g is generator)
+        return pick_references(correct, g)
+
+    def spied_loss(*args):
+        seen.append(args[4:6])
+        return grpo_loss(*args)
+
+    for owner, name, spy in ((lm, "rollout", rollout), (lm, "forward", spied_forward), (tars, "pick_references", spied_pick), (tars, "grpo_loss", spied_loss)):
+        monkeypatch.setattr(owner, name, spy)
+    cfg = Config(group_size=4, max_new_tokens=33, temperature=0.7, eps_low=0.1, eps_high=0.3)
+    train_step(lm, questions, NGramEmbedder(), tars.extract_answers, torch.optim.SGD(attach_lora(lm, 2, 4), lr=0.0), cfg, generator)
+    assert seen == [(4, 2, 33, 0.7, True), True, (0.7, True), (0.1, 0.3)]
 
 
 def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
@@ -579,10 +633,15 @@ def test_step_second_update_uses_the_first_ones_rewards_and_log_probs(lm, questi
     assert (new2 - old2).abs().max() > 1e-3
 
 
-def test_step_with_a_non_finite_gradient_changes_nothing(lm, questions, answers, monkeypatch):
+@pytest.mark.parametrize("loss", [
+    lambda logps, *rest: (logps * float("inf")).sum(),  # neither is finite
+    lambda logps, *rest: logps.sum() + float("inf"),  # the loss is not, its gradient is
+    lambda logps, *rest: (logps.sum() - logps.sum().detach()).abs().sqrt(),  # 0, but its gradient is not finite
+], ids=["both", "loss", "gradient"])
+def test_step_with_a_non_finite_loss_or_gradient_changes_nothing(lm, questions, answers, monkeypatch, loss):
     parameters = attach_lora(lm, 8, 32)
     before = [p.detach().clone() for p in parameters]
-    monkeypatch.setattr(tars, "grpo_loss", lambda logps, *rest: (logps * float("inf")).sum())
+    monkeypatch.setattr(tars, "grpo_loss", loss)
     metrics, *_ = one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters)
     assert metrics["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, parameters))
 
@@ -687,9 +746,9 @@ def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
         for token, weight in zip((one, two, three), weights):
             share = weight / sum(weights)  # 4000 draws: 5 standard errors
             assert (ids == token).double().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
-        logps, _ = lm.forward(prompts, ids[:, :, :200], mask[:, :, :200], temperature)
+        logps, _ = lm.forward(prompts, ids[:, :, :300], mask[:, :, :300], temperature)  # 1200 tokens: two chunks of logits
         expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]  # [1, 2, 1000, 2]
-        torch.testing.assert_close(logps, expected[:, :, :200], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logps, expected[:, :, :300], atol=1e-5, rtol=0)
 
 
 def test_mask_runs_through_the_first_end_of_turn(lm, questions):
@@ -701,6 +760,36 @@ def test_mask_runs_through_the_first_end_of_turn(lm, questions):
         assert keep == [1] * length + [0] * (len(row) - length) and cut == (end not in row)
     assert 0 < truncated.sum() < truncated.numel()
     assert lm.family.end_of_turn[0] not in "".join(lm.detokenize(ids, mask))
+
+
+def test_rollout_follows_its_generator(lm, questions):
+    prompts = lm.embed(questions[:1])
+    a, b, c = (lm.rollout(prompts, 8, 6, 1.0, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_each_end_of_turn_ends_an_answer_and_padding_follows(lm, questions):
+    one, *ends = lm.tokenizer.convert_tokens_to_ids([" one", *lm.family.end_of_turn])
+    lm = constant_lm(lm, [one, *ends])
+    ids, mask, _ = lm.rollout(lm.embed(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
+    for row, keep in zip(ids.flatten(0, 2).tolist(), mask.flatten(0, 2).tolist()):
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), 6)
+        assert keep == [1] * length + [0] * (6 - length) and row[length:] == [ends[-1]] * (6 - length)
+
+
+def test_rollout_is_as_long_as_its_longest_answer(lm, questions):
+    end = lm.tokenizer.convert_tokens_to_ids(lm.family.end_of_turn[0])
+    logits = torch.full((len(lm.tokenizer),), -math.inf)
+    logits[end] = 0.0
+    lm.model.lm_head = ConstantHead(logits)
+    ids, mask, truncated = lm.rollout(lm.embed(questions[:1]), 2, 6, 1.0)
+    assert ids.shape == mask.shape == (1, 2, 2, 1) and not truncated.any()  # every answer ends at once
+
+
+def test_logits_of_a_bfloat16_head_are_float32(lm):
+    lm = constant_lm(lm, [20, 21, 22])
+    lm.model.lm_head.constant = lm.model.lm_head.constant.bfloat16()
+    assert lm.logits(torch.zeros(1, 128), 1.0).dtype == torch.float32
 
 
 def test_control_tokens_in_a_question_stay_text(lm, questions):
@@ -766,6 +855,12 @@ def test_questions_differ_so_a_mixed_up_row_would_show(lm, questions, answers):
         assert (logps[0] - logps[b]).abs().max() > 0.1
 
 
+def test_detokenize_stops_where_the_mask_does(lm):
+    one, two, end = lm.tokenizer.convert_tokens_to_ids([" one", " two", lm.family.end_of_turn[0]])
+    ids, mask = torch.tensor([[one, two, end, two], [two, one, one, one]]), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert lm.detokenize(ids, mask) == [" one two", " two one"]
+
+
 def test_pad_left_by_hand():
     # Prompts of 1 and 3 tokens: the shorter gets two positions in front, and the mask says so.
     embeds, mask = pad_left([torch.tensor([[5.0]]), torch.tensor([[6.0], [7.0], [8.0]])])
@@ -795,6 +890,7 @@ def test_lora_by_hand_and_only_on_the_llm(lm):
     linear.weight.data = torch.tensor([[1.0, 2.0]])
     lora = LoRALinear(linear, rank=1, alpha=4)
     assert lora(torch.tensor([3.0, 5.0])).item() == 13.0  # B starts at zero: W x = 3 + 10
+    assert lora.lora_A.abs().min() > 0  # A does not, or nothing would ever be learnt
     lora.lora_A.data, lora.lora_B.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
     assert lora(torch.tensor([3.0, 5.0])).item() == 29.0  # 13 + 4 / 1 * 0.5 * (3 + 5)
     parameters = attach_lora(lm, 8, 32)
@@ -809,9 +905,21 @@ def test_lora_by_hand_and_only_on_the_llm(lm):
     assert sum(p.numel() for p in parameters) == expected
 
 
+def test_lora_starts_random_and_is_float32_beside_bfloat16():
+    lora = LoRALinear(torch.nn.Linear(100, 3, bias=False).bfloat16(), rank=2, alpha=4)
+    assert lora.lora_A.dtype == lora.lora_B.dtype == torch.float32
+    assert 0.09 < lora.lora_A.abs().max() <= 0.1  # uniform within 1 / sqrt(100), as PEFT's
+    lora = LoRALinear(torch.nn.Linear(2, 1, bias=False).bfloat16(), rank=1, alpha=1)
+    lora.linear.weight.data.zero_()
+    lora.lora_A.data, lora.lora_B.data = torch.tensor([[1 + 2**-10, -1.0]]), torch.tensor([[1.0]])
+    assert lora(torch.ones(2, dtype=torch.bfloat16)).item() == 2**-10  # in bfloat16, 1 + 2^-10 would be 1
+
+
 def test_lora_is_all_that_is_trained_and_the_run_says_so(lm, capsys):
     total = sum(p.numel() for p in lm.model.parameters())
-    optimizer, _ = tars.make_trainable(lm, Config(lora_rank=2))
+    optimizer, generator = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, seed=5))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3 and generator.initial_seed() == 5
+    assert {m.scale for m in lm.model.modules() if isinstance(m, LoRALinear)} == {3.0}
     trained = 2 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
     assert capsys.readouterr().out == f"{total + trained:,} parameters, {trained:,} of them trained\n"
     assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == trained
@@ -834,7 +942,36 @@ def test_without_lora_is_the_base_model_and_ends_with_its_context(lm, questions,
 def test_learning_rate_by_hand():
     cfg = Config(lr=1.0, warmup=0.2)
     # Ten steps, two of warm-up: 1/2, 1, then down in equal steps of 1/9 from the eighth ninth.
+    assert learning_rate(0, 1, cfg) == learning_rate(0, 2, cfg) == 1  # the shortest runs
     assert [learning_rate(s, 10, cfg) for s in range(10)] == pytest.approx([1 / 2, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_runs_each_layer_again(lm, questions, answers, checkpointing):
+    tars.make_trainable(lm, Config(gradient_checkpointing=checkpointing))
+    ran = []
+    lm.decoder.layers[1].self_attn.register_forward_pre_hook(lambda *args: ran.append(1))
+    forward(lm, questions, *answers)[0].sum().backward()
+    assert len(ran) == 1 + checkpointing
+
+
+def test_processes_share_the_adapter_and_draw_apart(checkpoint, monkeypatch):
+    made = []
+    for rank in (0, 1):
+        monkeypatch.setattr(tars, "RANK", rank)
+        torch.manual_seed(rank)  # must not matter
+        made.append(tars.make_trainable(SpeechLM.from_pretrained(checkpoint), Config(seed=7)))
+    (a, generator), (b, other) = made
+    assert all(torch.equal(p, q) for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"]))
+    assert generator.initial_seed() == 7 != other.initial_seed()
+
+
+def test_records_of_an_evaluation_are_the_greedy_answers_in_order(lm, questions):
+    records = [r for batch in tars.answer_greedily(lm, questions, tars.extract_answers, Config(max_new_tokens=6, eval_batch=3)) for r in batch]
+    assert [(r["key"], r["modality"]) for r in records] == [(q["key"], m) for q in questions for m in ("speech", "text")]
+    for b, question in enumerate(questions):
+        ids, mask, _ = lm.rollout(lm.embed([question]), 1, 6, temperature=0)  # [1, 2, 1, C]
+        assert [r["completion"] for r in records[2 * b : 2 * b + 2]] == lm.detokenize(ids, mask)
 
 
 def test_data_order_visits_every_question_once_an_epoch():
@@ -842,6 +979,8 @@ def test_data_order_visits_every_question_once_an_epoch():
     assert steps == 5 and sorted(order[:10]) == list(range(10)) and sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20] and order == tars.data_order(10, Config(questions_per_step=4, epochs=2))[0]
     assert order != tars.data_order(10, Config(questions_per_step=4, epochs=2, seed=1))[0]
+    order, steps = tars.data_order(10, Config(questions_per_step=4, steps=7))  # 28 questions are in the third epoch
+    assert steps == 7 and len(order) == 30 and sorted(order[20:]) == list(range(10))
 
 
 def run(*command, fails=False):
