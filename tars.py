@@ -442,6 +442,7 @@ class SpeechLM:
         finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, samples]
         row = torch.arange(len(embeds), device=self.device)  # [n], the rows still in the batch
         sees = prompt_mask.bool()[:, None].expand(-1, samples, -1)  # [n, samples, P and the tokens since]
+        itself = torch.eye(samples, dtype=torch.bool, device=self.device)  # no sample sees a sibling
         for t in range(max_new_tokens):
             logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * samples, V]
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator) if temperature else logits.argmax(-1)
@@ -454,8 +455,7 @@ class SpeechLM:
             if not unfinished.all():
                 row, sees = row[unfinished], sees[unfinished]
                 cache.batch_select_indices(unfinished)
-            itself = torch.eye(samples, device=self.device).bool().expand(len(row), -1, -1)  # no sample sees a sibling
-            sees = torch.cat([sees, itself], dim=-1)  # [n, samples, P + (t + 1) * samples]
+            sees = torch.cat([sees, itself.expand(len(row), -1, -1)], dim=-1)  # [n, samples, P + (t + 1) * samples]
             position_ids = (prompt_mask[row].sum(-1, keepdim=True) + t).expand(-1, samples)  # [n, samples]
             embeds = self.embed_tokens(ids[row, :, t])  # [n, samples, H]
             hidden = self.run_decoder(embeds, sees[:, None], position_ids, past_key_values=cache).last_hidden_state
