@@ -57,6 +57,8 @@ from tars import (
     extract_answers,
     judge,
     load_helper,
+    load_model,
+    open_pretrained,
     read_clip,
     run,
     write_json,
@@ -455,10 +457,40 @@ def checked(question, options, answer_index, prompt):
     return {"question": question.strip(), "options": options, "answer_index": answer_index, "prompt_for_tts": prompt}
 
 
+def decode_clip(data, key="clip"):
+    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1. All but PCM WAV needs torchcodec, FFmpeg.
+    Raises ClipError if it cannot be decoded, has NaN, or lasts less than 0.1 s or more than 300 s, the encoders' limit.
+    """
+    try:
+        with wave.open(io.BytesIO(data)) as clip:
+            rate, width, channels = clip.getframerate(), clip.getsampwidth(), clip.getnchannels()
+            frames = np.frombuffer(clip.readframes(clip.getnframes()), np.uint8).reshape(-1, channels, width)
+        if width == 1:  # 8-bit WAV is unsigned, silence at 128
+            samples = (frames[..., 0].astype(np.float32) - 128) / 128
+        else:  # left-align the little-endian bytes in 32 bits: one scale for 16, 24 and 32 bit
+            padded = np.concatenate([np.zeros((*frames.shape[:2], 4 - width), np.uint8), frames], axis=-1)
+            samples = padded.view("<i4")[..., 0].astype(np.float32) / 2**31
+        waveform = torch.from_numpy(samples).mean(-1)  # [T]
+    except (wave.Error, EOFError):
+        try:
+            waveform, rate = torchaudio.load(io.BytesIO(data))  # [channels, T]
+            waveform = waveform.mean(0)
+        except Exception as error:  # torchaudio raises whatever its back end raises
+            advice = ("; it is no PCM WAV, and torchaudio cannot decode it: if it is no broken file, "
+                      f"`pip install torchcodec` and install FFmpeg ({type(error).__name__})")
+            raise ClipError(key, "an unreadable clip", advice) from error
+    if not waveform.isfinite().all():
+        raise ClipError(key, "a clip with NaN samples")
+    if not 0.1 <= len(waveform) / rate <= 300:
+        raise ClipError(key, f"a clip {'shorter than 0.1' if len(waveform) < 0.1 * rate else 'longer than 300'} s",
+                        f" ({len(waveform) / rate:.2f} s)")
+    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+
+
 def clean_clip(audio, key, max_seconds):
     """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost if it is unreadable, silent, too short or too long."""
     try:
-        waveform = read_clip(audio["bytes"] or Path(audio["path"] or "").read_bytes(), key)
+        waveform = decode_clip(audio["bytes"] or Path(audio["path"] or "").read_bytes(), key)
     except ClipError as error:
         raise Lost(error.reason) from error
     except OSError as error:
@@ -613,8 +645,8 @@ class Voice:
     """Text to speech with a VITS model such as facebook/mms-tts-eng."""
 
     def __init__(self, name, device):
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = VitsModel.from_pretrained(name).to(device).eval()
+        self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
+        self.model = load_model(VitsModel, name, device, torch.float32)  # too fine for bfloat16, and small
 
     @torch.no_grad()
     def speak(self, text, seed):
@@ -632,9 +664,11 @@ class Listener:
     """Speech to text with Whisper."""
 
     def __init__(self, name, device):
-        self.feature_extractor = WhisperFeatureExtractor.from_pretrained(name)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = WhisperForConditionalGeneration.from_pretrained(name).to(device).eval()
+        self.feature_extractor = open_pretrained(WhisperFeatureExtractor.from_pretrained, name)
+        self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
+        self.model = load_model(WhisperForConditionalGeneration, name, device)
+        multilingual = getattr(self.model.generation_config, "is_multilingual", False)
+        self.language = {"language": "en", "task": "transcribe"} if multilingual else {}
 
     @torch.no_grad()
     def transcribe(self, waveform):
@@ -644,7 +678,8 @@ class Listener:
         features = self.feature_extractor(np.asarray(waveform), sampling_rate=SAMPLE_RATE, truncation=not long,
                                   padding="longest" if long else "max_length", return_attention_mask=True,
                                   return_tensors="pt")
-        ids = self.model.generate(**features.to(self.model.device), return_timestamps=long)
+        features = features.to(self.model.device, self.model.dtype)  # casts what is no integer
+        ids = self.model.generate(**features, return_timestamps=long, **self.language)
         return self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
 

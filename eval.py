@@ -4,6 +4,8 @@
   python eval.py --model M --adapter A1 A2 --data D1 D2       # more rows and columns
   python eval.py --cascade openai/whisper-medium              # + Whisper transcribes, the model answers the transcript
   python eval.py --asr                                        # word error rate of the model as a transcriber
+  python eval.py --ask clip.wav                               # what the models answer to a clip or a written question
+  python eval.py --agree IAAR-Shanghai/xFinder-qwen1505       # how far the two answer extractors agree on kept answers
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
   python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy, MRR over steps; where time went
   python eval.py --explain                                    # one group worked through, equation by equation
@@ -19,6 +21,7 @@ Imports: this file imports tars.py and data_prep.py; nothing imports this file.
 import argparse
 import json
 import math
+import os
 import re
 import textwrap
 import zlib
@@ -34,7 +37,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep import Listener, resume, wav_bytes, word_error_rate
+from data_prep import Listener, decode_clip, resume, wav_bytes, word_error_rate
 from tars import (
     DEVICE,
     DTYPE,
@@ -42,6 +45,7 @@ from tars import (
     LETTERS,
     MODALITIES,
     SAMPLE_RATE,
+    SYSTEM_PROMPT,
     TEXT,
     Config,
     LoRALinear,
@@ -50,6 +54,7 @@ from tars import (
     Qwen25Omni,
     SpeechLM,
     UserError,
+    XFinder,
     answer_greedily,
     attach_lora,
     check,
@@ -80,7 +85,8 @@ from tars import (
     without_lora,
 )
 
-ASR_REQUEST = "Transcribe the audio clip into text."
+# In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
+ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
 
 
 # ======================================================================================================================
@@ -202,6 +208,7 @@ def accuracy_cell(records):
 def compare(args, cfg, sets):
     """Print Table 1: one row a model, two columns a data set, averages, unparsed share, MRR."""
     extract = load_extractor(cfg, DEVICE)
+    listener = load_helper(Listener, "--cascade", args.cascade, DEVICE) if args.cascade else None
     rows, base_text = [], args.base_text_accuracy
     for name, lm in speech_lms(args):
         measured = {}
@@ -212,8 +219,7 @@ def compare(args, cfg, sets):
         if base_text is None:
             base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
         rows.append(row_of(name, measured, base_text))
-        if name == "base" and args.cascade:
-            listener = load_helper(Listener, "--cascade", args.cascade, DEVICE)
+        if name == "base" and listener:
             name = f"cascade {args.cascade}"
             rows.append(row_of(name, {data: {"speech": cached_records(
                 name, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
@@ -250,7 +256,8 @@ def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = []
     for name, lm in speech_lms(args):
-        if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_REQUEST).input_ids:
+        before = lm.family.before_user.replace(SYSTEM_PROMPT, ASR_SYSTEM)
+        if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
             raise UserError(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
                             "this model (the demo's, say) was never taught to transcribe")
         cells = []
@@ -258,14 +265,54 @@ def transcribe(args, cfg, sets):
             errors = []
             for batch in question_batches(questions, cfg.eval_batch, "asr"):
                 with torch.no_grad():
-                    request = lm.embed_text(ASR_REQUEST)
-                    prompts = [[lm.prompt(torch.cat([lm.spoken_turn(q), request]))] for q in batch]
-                transcripts = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
-                errors += [word_error_rate(q["prompt_for_tts"], text) for q, text in zip(batch, transcripts)]
+                    around = [lm.embed_text(before, special=True), lm.embed_text(ASR_REQUEST),
+                              lm.embed_text(lm.family.after_user, special=True)]
+                    prompts = [[torch.cat([around[0], lm.spoken_turn(q), *around[1:]])] for q in batch]
+                outputs = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
+                errors += [word_error_rate(q["prompt_for_tts"], transcript(text)) for q, text in zip(batch, outputs)]
             mean, half = mean_and_interval(100 * np.array(errors))
             cells.append(f"{mean:.1f} +- {half:.1f}")
         rows.append([name, *cells])
     print("word error rate in percent, mean over clips and its 95 % interval\n" + table(["model", *sets], rows))
+
+
+def transcript(output):
+    """An output without the tags, and the thought, of a model that was trained to write them."""
+    return re.sub(r"</?(think|answer)>", " ", re.sub(r"<think>.*</think>", "", output, flags=re.DOTALL)).strip()
+
+
+def ask(args, cfg):
+    """Print what the base model and each adapter answer to a clip, or to a written question, with its options."""
+    spoken = os.path.isfile(args.ask)
+    if not spoken and re.search(r"\.(wav|mp3|flac|ogg|m4a)$", args.ask, re.IGNORECASE):
+        raise UserError(f"--ask {args.ask}: there is no such file")
+    clip = wav_bytes(decode_clip(Path(args.ask).read_bytes(), args.ask)) if spoken else None
+    for name, lm in speech_lms(args):
+        turn = lm.spoken_turn({"key": args.ask, "audio": {"bytes": clip}}) if spoken else lm.embed_text(args.ask)
+        ids, mask, truncated = lm.rollout([[lm.prompt(turn)]], 1, cfg.max_new_tokens, temperature=0)
+        print(f"{name}: {lm.detokenize(ids, mask)[0]}{' ... (cut)' if truncated else ''}")
+
+
+def agreement(args, sets):
+    """Print how far the regular expressions and an xFinder agree on the answers that are kept in args.out."""
+    finder, rows = load_helper(XFinder, "--agree", args.agree, DEVICE), []
+    for file in sorted(Path(args.out).glob("*.jsonl")):
+        begun, *records = [json.loads(line) for line in file.read_text().splitlines()]
+        if begun["data"] not in sets:
+            continue
+        by_key = {question["key"]: question for question in sets[begun["data"]].remove_columns("audio")}
+        records = [record for record in records if record["key"] in by_key]
+        pairs = []
+        for batch in question_batches(records, args.eval_batch or Config.eval_batch, file.stem):
+            asked, outputs = [by_key[record["key"]] for record in batch], [record["completion"] for record in batch]
+            pairs += zip(extract_answers(asked, outputs), finder(asked, outputs))
+        counts = [sum(ours == theirs for ours, theirs in pairs), sum(ours is None for ours, _ in pairs),
+                  sum(theirs is None for _, theirs in pairs)]
+        counts.append(sum(ours != theirs and None not in (ours, theirs) for ours, theirs in pairs))
+        rows.append([file.stem, *map(str, (len(pairs), *counts))])
+    if not rows:
+        raise UserError(f"--agree: {args.out} keeps no answers to {', '.join(sets)}: run `python eval.py` first")
+    print(table(["kept answers", "n", "agree", "regex: none", "xFinder: none", "another letter"], rows))
 
 
 # ======================================================================================================================
@@ -524,7 +571,7 @@ def with_random_weights(path):
     `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
     Answers never end by themselves. Raises UserError for another name.
     """
-    family = family_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
+    family = family_of(path)[0] if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
     if family is None:
         names = " or ".join(f.repository for f in FAMILIES)
         raise UserError(f"--random-weights {path}: give {names}, or a directory with a config.json")
@@ -581,9 +628,11 @@ def main(arguments=None):
         parser.add_argument(flag, default=default, type=type(default), metavar="", help=f"{help} [{default}]")
     for flag, kind, help in (
         ("--max-new-tokens", int, "longest completion [the model's own, else 1024]"),
-        ("--eval-batch", int, "questions per batch [the model's own, else 8]"),
+        ("--eval-batch", int, "questions per batch [the model's own, else 32]"),
         ("--base-text-accuracy", float, "MRR's denominator in percent [the base model's, measured]"),
         ("--cascade", str, "a Whisper model that transcribes the clips for the base model's text branch"),
+        ("--ask", str, "a clip, or a written question with its options, that the models answer"),
+        ("--agree", str, "an xFinder, to compare with the regular expressions on the answers kept in --out"),
         ("--plot", str, "file of the figure, such as layers.png"),
         ("--random-weights", str, "two training steps of this architecture on noise: seconds a phase, peak memory"),
         ("--questions-per-step", int, "with --random-weights: B [8]"),
@@ -600,6 +649,8 @@ def main(arguments=None):
                         help="with --random-weights: length of the noise clips; the paper's take 73 s on average [60]")
     parser.add_argument("--explain", nargs="?", const="", metavar="RUN", help="one group, equation by equation")
     args = parser.parse_args(arguments)
+    if args.plot or args.curves:
+        pyplot()  # if it is missing, that is said before anything is measured
     if args.random_weights:
         return random_weights(args)
     if args.explain is not None:
@@ -612,10 +663,14 @@ def main(arguments=None):
     cfg = parse_config(own, not_built)
     if args.adapter is None:
         args.adapter = ["runs/tars"] if args.model == "runs/demo/model" else []
+    if args.ask:
+        return ask(args, cfg)
     sets = {}
     for path in args.data or [cfg.eval_data]:
         questions = load_questions(path)
         sets[Path(path).name] = questions.select(range(min(args.limit or len(questions), len(questions))))
+    if args.agree:
+        return agreement(args, sets)
     (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)
 
 

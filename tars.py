@@ -52,10 +52,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
 import wave
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -65,14 +67,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchaudio
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PretrainedConfig
-from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor
+from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM, PretrainedConfig
+from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2ForCausalLM
+from transformers import Qwen3Model, WhisperFeatureExtractor
 from transformers.utils import cached_file
 
 MODALITIES = ("speech", "text")
@@ -93,6 +94,8 @@ class Config:
     """Every hyper-parameter; its default is the paper's value where a place is given. The flags are these fields.
     A model directory may hold a tars_config.json with other defaults. Flags override it, it overrides these.
     """
+
+    given = frozenset()  # the names of those that were given on the command line
 
     # what to train on
     model: str = setting("runs/demo/model", "model directory or hub name", "the paper: Qwen2.5-Omni-7B, Phi-4-MM")
@@ -129,9 +132,9 @@ class Config:
     # memory and output
     tokens_per_micro_batch: int = setting(16384, "most tokens, with padding, of one forward pass; groups stay whole")
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
-    eval_batch: int = setting(8, "questions per batch in evaluation")
+    eval_batch: int = setting(32, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
-    save_every: int = setting(50, "checkpoint every so many steps; the last two are kept")
+    save_every: float = setting(20.0, "checkpoint after a step if so many seconds have passed; the last two are kept")
     resume: str = setting("", "continue from --out's last checkpoint; `--resume auto`: if there is one", nargs="?",
                           const="last", choices=("last", "auto"), metavar="auto")
     sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
@@ -167,7 +170,7 @@ ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD
 
 def format_reward(completion):
     """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0."""
-    return 1.0 if ANSWER_FORMAT.fullmatch(completion) else 0.0
+    return 1.0 if ANSWER_FORMAT.fullmatch(completion.strip()) else 0.0
 
 
 def pool_hidden_states(hidden, completion_mask):
@@ -382,14 +385,13 @@ class SpeechLM:
 
     @classmethod
     def from_pretrained(cls, path):
-        """A model directory or hub name -> SpeechLM. Raises UserError if a part is missing or its family is unknown."""
-        try:
-            family = family_of(path)
-            model = family.load(path, revision=family.revision, dtype=DTYPE, attn_implementation="sdpa")
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=family.revision)
-            feature_extractor = family.feature_extractor_class.from_pretrained(path, revision=family.revision)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{path} is no usable model, here or on the hub: {str(error).splitlines()[0]}") from error
+        """A model directory or hub name -> SpeechLM. Raises UserError if a part is missing or broken."""
+        family, _ = family_of(path)
+        revision = family.revision if path == family.repository else "main"
+        # AutoTokenizer would build the class that tokenizer_config.json names and ignore half of tokenizer.json.
+        tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, path, revision=revision)
+        feature_extractor = open_pretrained(family.feature_extractor_class.from_pretrained, path, revision=revision)
+        model = open_pretrained(family.load, path, revision=revision, dtype=DTYPE, attn_implementation="sdpa")
         return cls(family, to_device(model, family), tokenizer, feature_extractor)
 
     @torch.no_grad()
@@ -492,8 +494,13 @@ class SpeechLM:
 
     def recompute_layers(self):
         """Gradient checkpointing: keep only each layer's input, and run the layer once more in backward."""
+        def forward(once, *args, **kwargs):
+            if not torch.is_grad_enabled():  # in roll-out and evaluation there is nothing to keep
+                return once(*args, **kwargs)
+            return recompute(once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
         for layer in self.decoder.layers:
-            layer.forward = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(forward, layer.forward)
 
     def detokenize(self, completion_ids, completion_mask):
         """Completions [..., C] -> list of strings in row order, without the end of turn."""
@@ -619,7 +626,7 @@ def data_order(count, cfg):
 
 
 def make_trainable(lm, cfg):
-    """Attach LoRA to a base model. Returns the optimizer of what is trained, and the generator of the roll-outs."""
+    """Attach LoRA to a base model. Returns the optimizer of what is trained, and a generator for the roll-outs."""
     torch.manual_seed(cfg.seed)
     trained = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
     if cfg.gradient_checkpointing:
@@ -630,42 +637,58 @@ def make_trainable(lm, cfg):
     return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed + 1_000_003 * RANK)
 
 
-def train(lm, questions, eval_questions, embedder, extract, cfg, before, last):
-    """Train from the checkpoint `last`, if any; write adapter and logs to cfg.out. Returns the last evaluation."""
+def train(lm, questions, eval_questions, embedder, extract, cfg, last, state):
+    """Train, from the checkpoint `last` on if there is one, and write adapter and logs to cfg.out.
+    state: what a checkpoint holds beside tensors, of the last one or of step 0. Returns the last evaluation.
+    """
     out, B = Path(cfg.out), cfg.questions_per_step
     optimizer, generator = make_trainable(lm, cfg)
     order, steps = data_order(len(questions), cfg)
-    done = load_checkpoint(last, optimizer, generator) if last else 0
-    log, samples = (open_log(out / name, done) for name in ("log.jsonl", "samples.jsonl"))
-    signals, skipped = remember_signals(), 0
-    bar = tqdm(range(done + 1, steps + 1), desc="TARS", unit="step", initial=done, total=steps, disable=RANK > 0)
-    for step in bar:
+    step = load_checkpoint(last, optimizer) if last else 0
+    log, samples = (open_log(out / name, state["sizes"].get(name, 0)) for name in ("log.jsonl", "samples.jsonl"))
+    metrics, changed, saved, signals, skipped = state["metrics"], state["changed"], -math.inf, [], 0
+    bar = tqdm(desc="TARS", unit="step", initial=step, total=steps, disable=RANK > 0)
+    while True:
+        # After a step, and before the first: checkpoint, evaluate, log. A resumed run begins here.
+        evaluates = step == steps or (step and cfg.eval_every and step % cfg.eval_every == 0)
+        stop = metrics.pop("stop", 0) > 0 and step < steps
+        if stop or evaluates or time.perf_counter() - saved >= cfg.save_every:
+            state |= {"metrics": metrics, "changed": {}, "sizes": {Path(f.name).name: f.tell() for f in (log, samples)}}
+            save_checkpoint(optimizer, step, state, cfg)
+            saved = time.perf_counter()
+        if evaluates and not stop:
+            on_signals(signal.default_int_handler)  # the checkpoint is there: an evaluation may end at once
+            accuracy = evaluate(lm, eval_questions, extract, cfg)
+            metrics = metrics | {f"eval_{m}": accuracy[m] for m in MODALITIES}
+        if step:
+            write_line(log, metrics)
+        if stop:
+            raise KeyboardInterrupt(f"stopped after step {step} of {steps}")
+        skipped = skipped + 1 if metrics.get("skipped") else 0
+        if skipped == 10:
+            raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
+                            f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+        if step == steps:
+            break
+        step += 1
+        on_signals(partial(note_signal, signals))
         start = time.perf_counter()
         batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
+        # Seeded anew for each step and process: a resumed run draws what it would have drawn.
+        generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0]))
         metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds, "lr": lr,
                     "peak_gib": peak_memory(lm.device), "stop": len(signals)}
-        metrics = {"step": step} | mean_over_ranks(metrics)
-        stop = metrics.pop("stop") > 0 and step < steps
-        if step == steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            accuracy = evaluate(lm, eval_questions, extract, cfg)
-            metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
-        write_line(log, metrics)
+        metrics, changed = {"step": step} | mean_over_ranks(metrics) | changed, {}
+        bar.update()
         bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
                                        for m in MODALITIES))
         if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
             write_line(samples, {"step": step, **group})
             tqdm.write(show_group(step, group))
-        if stop or (step < steps and step % cfg.save_every == 0):
-            save_checkpoint(optimizer, generator, step, before, cfg)
-        if stop:
-            raise KeyboardInterrupt(f"stopped after step {step} of {steps}: the same command with --resume continues")
-        skipped = skipped + 1 if metrics["skipped"] else 0
-        if skipped == 10:
-            raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
-                            f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+    bar.close()
     if RANK == 0:
         save_adapter(lm, out, cfg)
     return accuracy
@@ -725,47 +748,61 @@ class ClipError(UserError):
 
 
 def read_clip(data, key="clip"):
-    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1. All but PCM WAV needs torchcodec, FFmpeg.
-    Raises ClipError if it cannot be decoded, has NaN, or lasts less than 0.1 s or more than 300 s, the encoders' limit.
+    """16-bit mono WAV bytes at 16 kHz, as data_prep.py writes them -> float32 waveform [T] in -1..1.
+    Raises ClipError for other bytes, and for less than 0.1 s or more than 300 s, the encoders' limit.
     """
     try:
         with wave.open(io.BytesIO(data)) as clip:
             rate, width, channels = clip.getframerate(), clip.getsampwidth(), clip.getnchannels()
-            frames = np.frombuffer(clip.readframes(clip.getnframes()), np.uint8).reshape(-1, channels, width)
-        if width == 1:  # 8-bit WAV is unsigned, silence at 128
-            samples = (frames[..., 0].astype(np.float32) - 128) / 128
-        else:  # left-align the little-endian bytes in 32 bits: one scale for 16, 24 and 32 bit
-            padded = np.concatenate([np.zeros((*frames.shape[:2], 4 - width), np.uint8), frames], axis=-1)
-            samples = padded.view("<i4")[..., 0].astype(np.float32) / 2**31
-        waveform = torch.from_numpy(samples).mean(-1)  # [T]
-    except (wave.Error, EOFError):
-        try:
-            waveform, rate = torchaudio.load(io.BytesIO(data))  # [channels, T]
-            waveform = waveform.mean(0)
-        except Exception as error:  # torchaudio raises whatever its back end raises
-            advice = ("; it is no PCM WAV, and torchaudio cannot decode it: if it is no broken file, "
-                      f"`pip install torchcodec` and install FFmpeg ({type(error).__name__})")
-            raise ClipError(key, "an unreadable clip", advice) from error
-    if not waveform.isfinite().all():
-        raise ClipError(key, "a clip with NaN samples")
-    if not 0.1 <= len(waveform) / rate <= 300:
-        raise ClipError(key, f"a clip {'shorter than 0.1' if len(waveform) < 0.1 * rate else 'longer than 300'} s",
-                        f" ({len(waveform) / rate:.2f} s)")
-    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+            samples = np.frombuffer(clip.readframes(clip.getnframes()), "<i2")
+    except (wave.Error, EOFError, ValueError) as error:
+        raise ClipError(key, "an unreadable clip", f" ({error}): convert it with data_prep.py") from error
+    if (rate, width, channels) != (SAMPLE_RATE, 2, 1):
+        raise ClipError(key, "a clip that is no 16-bit mono WAV at 16 kHz", ": convert it with data_prep.py")
+    if not 0.1 <= (seconds := len(samples) / rate) <= 300:
+        limit = "shorter than 0.1" if seconds < 0.1 else "longer than 300"
+        raise ClipError(key, f"a clip {limit} s", f" ({seconds:.2f} s)")
+    return torch.from_numpy(samples.astype(np.float32) / 2**15)
 
 
 # ==== 8. Model families ===============================================================================================
+def open_pretrained(load, path, **options):
+    """load(path), from a directory or the hub. Raises UserError with one line, whatever a library raises."""
+    try:
+        return load(path, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{path} is no usable model, here or on the hub: {reason}") from error
+
+
+def load_model(kind, path, device="cpu", dtype=None, **options):
+    """A model of transformers' class `kind`, in bfloat16 or, on the CPU, float32 if no dtype is given. Raises UserError
+    unless every tensor is there, of its shape and finite: transformers would fill in random numbers and only warn.
+    """
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    model, found = open_pretrained(kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
+                                   ignore_mismatched_sizes=True, **options)
+    wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    wrong = sorted(wrong or {name for name, p in model.named_parameters() if not p.isfinite().all()})
+    if wrong:
+        raise UserError(f"{path} is no whole {kind.__name__}: missing, of another shape or not finite are {len(wrong)} "
+                        f"tensors, such as {', '.join(wrong[:3])}")
+    return model.to(device).eval()
+
+
 class Qwen25Omni:
     """Qwen2.5-Omni. A new family needs such a class, listed in FAMILIES below:
 
-    repository, revision      place on the hub (for eval.py --random-weights) and branch to load
+    repository, revision      place on the hub, and the branch to load of that place alone
     model_types               names in config.json
     model_class               with get_decoder(), which has `layers`, get_input_embeddings() and lm_head
     feature_extractor_class   from a waveform to what `encode` gives to the encoder
     vision_part               module that stays on the CPU, since no question has a picture
     before_..., after_...     template around the user turn and around a clip
     end_of_turn               tokens that end an answer; the last one also pads
-    load                      from a path to the model
+    load                      from a path to the model, on the CPU
     placeholders              ids that stand for audio or pictures in a prompt, never to be sampled
     encode                    from a waveform to the projector's output
     """
@@ -779,7 +816,7 @@ class Qwen25Omni:
     after_user = "<|im_end|>\n<|im_start|>assistant\n"
     before_audio, after_audio = "<|audio_bos|>", "<|audio_eos|>"
     end_of_turn = ("<|im_end|>", "<|endoftext|>")
-    load = model_class.from_pretrained  # of a full checkpoint (thinker, talker, token2wav) the thinker alone
+    load = staticmethod(partial(load_model, model_class))  # of a full checkpoint the thinker alone
 
     @staticmethod
     def placeholders(config):
@@ -811,14 +848,14 @@ class Phi4Multimodal:
     @staticmethod
     def load(path, revision, **options):
         """The model with its speech-lora merged: W += (alpha / r) B A. Unmerged, it understands speech badly."""
-        model = Phi4MultimodalForCausalLM.from_pretrained(path, revision=revision, **options)
         fetch = partial(cached_file, path, revision=revision)
         settings = json.loads(Path(fetch("speech-lora/adapter_config.json")).read_text())
         tensors = load_file(fetch("speech-lora/adapter_model.safetensors"))
+        model = load_model(Phi4Multimodal.model_class, path, revision=revision, **options)
         for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
             layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
             A, B = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()  # [r, in], [out, r]
-            layer.weight.data += (settings["lora_alpha"] / settings["r"] * B @ A).to(layer.weight.dtype)
+            layer.weight.data.copy_(layer.weight + settings["lora_alpha"] / settings["r"] * B @ A)
         return model
 
     @staticmethod
@@ -840,17 +877,20 @@ class Phi4Multimodal:
 FAMILIES = (Qwen25Omni, Phi4Multimodal)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+# cuDNN's attention, which torch prefers where there is a mask, plans anew for each shape: at each decoding step.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def family_of(path):
-    """The family of a model directory or hub name, by config.json's model_type. Raises UserError for another one."""
-    model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    """The family of a speech LLM, by config.json, and its number of layers. Raises UserError for an unknown family."""
+    model_type = open_pretrained(PretrainedConfig.get_config_dict, path)[0].get("model_type")
     known = {name: family for family in FAMILIES for name in family.model_types}
-    if model_type is None:
-        raise UserError(f"{path} is no usable model: it has no config.json with a model_type")
     if model_type not in known:
-        raise UserError(f"{path} is of the family {model_type}; known are {', '.join(known)}")
-    return known[model_type]
+        raise UserError(f"{path} is no usable model: it is of the family {model_type}; known are {', '.join(known)}")
+    family = known[model_type]
+    revision = family.revision if path == family.repository else "main"
+    config = open_pretrained(family.model_class.config_class.from_pretrained, path, revision=revision)
+    return family, config.get_text_config().num_hidden_layers
 
 
 def to_device(model, family):
@@ -862,21 +902,116 @@ def to_device(model, family):
 
 
 # ==== 9. Answer extractor, Eq. (3), and sentence embedder, Eq. (6) ====================================================
+MARKUP = (  # what a person overlooks, and what is read in its place
+    (r"[‘’]", "'"), (r"[–—−]", "-"), (r" *([→⇒]|[=-]+>) *", ": "), ("。", ". "), (r"\\boxed", "\nanswer: "),
+    (r"<([A-D])>", r"\1"), (r"</?[A-Za-z\d]+( [^<>]*)?>?|\\\W|\\[a-z]+|[*_`$\"“”„«»#{}|~✅]", " "),
+    (r"(?<![A-Za-z])'|'(?![A-Za-z])", " "), (r"(?<=[A-D一-鿿])(?=[一-鿿])|(?<=[一-鿿])(?=[A-D])", " "),
+    (r"[^\S\n]+", " "), (r" ?\n\s*", "\n"), (r"(:|\b(is|be|[Aa]nswer))\n", r"\1 "))
+NOUN = (r"(\bans(wers?|\.)|\b(correct|right|best|final|likely|suitable|appropriate|my|chosen|closest) (option|choice|"
+        r"letter|one|pick|vote|match)s?|答 案|^(option|choice|letter|selection|pick)(?=:))")
+FILL = (r"( ?\b(most|likely|probably|therefore|then|thus|clearly|definitely|simply|typically|just|still|indeed|only|so|"
+        r"actually|as|hence|yes|option|choice|letter|answer|the|to|be|that|follow\w+|in fact|of course)\b| ?[:,(\n-]|"
+        r" 选 项|就|应 该)* ?$")
+ANNOUNCED = rf"{NOUN}(?!\w)([^.\n]{{0,80}}?(\b(is|are|be|was|to)\b|'s\b|[:=是选为]))?{FILL}"
+FORMS = (  # how a letter is named: what stands before it, what behind it
+    ("refused", r"(\b(not|never|nor|neither|wrong|worst|incorrect|except|than|instead of|unlike|without|(all|anything) "
+     r"but|no longer|eliminat\w*|exclud\w*|rul\w* out|reject\w*|doubt that|whether|mistake|thought|think the|going to "
+     r"say|some|many|tempt\w*|if it|(could|may|might) (also )?be)\b|n't\b|[错误])((?!\bbut )[^,])*$|"
+     r"\b(figure|point|key of) $", ""),
+    ("refused", "", r" (\w+ )?(is|are|can|could|must|does|would|seems|was)\b(?<!it is)([^.,;\n]{0,30}\b(not|wrong|out|"
+     r"also|incorrect|false|unlikely|worst|tempting|if|possible|eliminated|excluded)\b|n't)| (also )?(might|may|could|"
+     r"if)\b|.*\b(in the text|actually,? no|can('t|not) decide)\b"),
+    ("concluded", rf"^(so|therefore|thus|hence|final|in conclusion|overall)\b.*{ANNOUNCED}", ""),
+    ("announced", ANNOUNCED, ""),
+    ("announced", "", r" ?([是为最]|(is|was|would|must|should|seems|has|it|fits|makes)\b)[^.,;\n]{0,40}?(it is|正 确|合 适|"
+     r"(correct|right|best|true|answer|choice|option|appropriate|suitable|likely|sense|fits)\b)"),
+    ("stated", r"(\b(is|are|be|was|to|as|with|for|choose|pick|select|say|suggests?|indicates?|guess|go|prefer|take|"
+     rf"mark|leaves|therefore|thus|hence|so|then)\b|'s|[是选为:=]){FILL}|\bnot [^,.]{{1,30}},? but $", ""),
+    ("alone", rf"^(\d+[.)] )?{FILL}", r"\W*$|\W*\n|,? (because|since)\b"),
+    ("titled", r"\b(option|choice) $", ""))
+WORD = (r" (?!(because|since|as|and|or|for|with|is|was|which|would|must|in|on|by|if|seems|fits|it|best|can|could|"
+        r"should|has|are|but|makes|when|here|might|may|option|choice|also|[是最])\b)\w")  # "a dog", "C major"
+LETTER = r"[(\[]*(?<![\w'.-])([A-D]|[a-d](?=[✓✗)\].:,;?]|$|\n| (is|was|would|or|and)\b))(?![\w'+]|[.-]\w)[✓✗]?[)\]]*"
+JOINED = rf"{LETTER}(( ?[,/&]| or| and)+ ?((or|and|maybe|perhaps|both|option|choice|either|the) )*{LETTER})*"
+
+
 def extract_answer(completion, options):
     """The letter of the option that an output chooses; None if it names none or more than one: never a guess.
-    Searches the <answer> block if there is one, else the whole output: first for letters ("The answer is B",
-    "Option B", a bare "B" or "(B)"), then for an answer that is word for word one of the four `options`.
+    What counts stands after the thought, in <answer> blocks, which must agree, or without them anywhere; a thought
+    that does not end has no answer.
     """
-    block = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    answer = (block[1] if block else completion).strip()
-    alone = re.fullmatch(r"\(?([ABCD])\)?[.:,]?", answer)
-    stated = r"(?:\b[Aa]nswer is:?|\b[Oo]ption|(?<=\b[ABCD]) (?:or|and))\s*[(*]*([ABCD])\b"  # "A or B" states both
-    letters = {alone[1]} if alone else set(re.findall(stated, answer))
-    if not letters:
-        said = re.sub(r"^.*\banswer is:?", "", answer, flags=re.DOTALL | re.IGNORECASE)
-        said, *plain = (text.strip().rstrip(".").strip().casefold() for text in (said, *options))
-        letters = {letter for letter, option in zip(LETTERS, plain) if option == said}
-    return letters.pop() if len(letters) == 1 else None
+    answer = re.split("</think>", completion, flags=re.I)[-1]
+    blocks = re.findall(r"<answer>(.*?)(?=</?answer>?|$)", answer, re.S | re.I) or [answer]
+    letters = {chosen_letter(block, options) for block in blocks if block.strip()}
+    return letters.pop() if len(letters) == 1 and "<think>" not in answer.lower() else None
+
+
+def chosen_letter(text, options):
+    """The letter that is named in the strongest of FORMS, else that of the option whose words are said, else None."""
+    text, options = plain(text), {letter: bare(plain(option)) or "\0" for letter, option in zip(LETTERS, options)}
+    if {*re.findall(r"(?:^|: )\W*([A-D])[.):] ", text, re.M)} == {*LETTERS}:  # the options, repeated
+        text = re.sub(r"(^|: )\W*[A-D][.):] .*$", "", text, count=4, flags=re.M).strip()
+    text = beside_options(text, options)
+    named = {form: set() for form, *_ in FORMS}
+    for m in re.finditer(JOINED, text, re.M):
+        letters = {*re.findall(r"\b[A-D]\b", m[0].upper())}
+        before, behind = text[max(0, m.start() - 200) : m.start()], text[m.end() : m.end() + 200]
+        before = re.split(r"[.;!?\n](?=\s|$)", before)[-1].lstrip()  # of this sentence
+        form = next((form for form, ahead, after in FORMS if re.search(ahead, before, re.I)
+                     and re.match(after, behind, re.I)), "titled" if "✓" in m[0] else None)
+        if not form or (re.match(WORD, behind) and "✓" not in m[0]):
+            continue
+        if form == "refused":  # what was named before is taken back
+            named = {form: others - letters for form, others in named.items()}
+        elif "✗" in m[0]:  # "B, glass" where glass is D
+            return None
+        named[form] |= letters
+    strongest = [named["concluded"], named["announced"],
+                 *(named[form] - named["refused"] for form in ("stated", "alone", "titled"))]
+    said = said_words(text)
+    letters = next(filter(None, strongest), [letter for letter, option in options.items() if option in said])
+    return [*letters][0] if len(letters) == 1 else None
+
+
+def plain(text):
+    """Text as a person reads it, without MARKUP and invisible characters."""
+    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    for pattern, instead in MARKUP:
+        text = re.sub(pattern, instead, text)
+    return text.strip()
+
+
+def bare(text):
+    """Text to compare with an option: without case, article, and punctuation at its ends."""
+    return re.sub(r"^(an?|the) ", "", re.sub(r"\s+", " ", text.casefold()).strip(" .,:;!?()[]'"))
+
+
+def beside_options(text, options):
+    """"C. a scorpion" and "a scorpion (C)" become C✓ if that is option C, and C✗ if it is another."""
+    words = "|".join(rf"((an?|the) )?{re.escape(option)}" for option in sorted(options.values(), key=len, reverse=True))
+
+    def mark(m):
+        letter, option = m["l"] or m["r"], bare(m["right"] or m["left"])
+        article = m["gap"] == " " and letter in "Aa" and option != options["A"]
+        return m[0] if article else letter + ("✓" if option == options[letter.upper()] else "✗")
+
+    return re.sub(
+        rf"(?<![\w'.-])(?P<l>[A-D]|[a-d](?=[.):,]))(?P<gap>[\s.):,(\]=-]+)(?P<right>(?i:{words}))"
+        r"(?= ?([.,;:!?)\n\]]|$| (?i:or|and|option|because|since|as|is the)\b))|"
+        rf"(?<![\w.-])(?P<left>(?i:{words}))[,:= ]*( [(\[](?i:option |choice )?|: |(?i:, (which is )?option ))"
+        r"(?P<r>[A-D])\b",
+        mark, text)
+
+
+def said_words(text):
+    """What an answer without a letter says: itself, what follows "the answer is", and the end of its last sentence."""
+    says = rf"{NOUN}[^.\n]*?(\b(is|be)\b|[:是])|\b(it|that|this)('s| is| must be)\b|\b(choose|pick|select|go with)\b"
+    parts = [text[m.end():] for m in re.finditer(says, text, re.I)][-1:]
+    parts += [re.split(r",|;|\.(?:\s|$)|\n| because | since ", part.strip(" :\n"))[0] for part in parts]
+    ending = re.split(r"[.!?]\s|\n", text)[-1]
+    if not re.search(r"\b(or|not|might)\b|n't", ending):
+        parts += re.split(r"\b(?:is|are|be|was|were|called)\b", ending)[-1:]
+    return {bare(part) for part in (text, *parts)}
 
 
 def extract_answers(questions, completions):
@@ -894,8 +1029,8 @@ class XFinder:
     )
 
     def __init__(self, name, device):
-        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).to(device).eval()
+        self.tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, name, padding_side="left")
+        self.model = load_model(Qwen2ForCausalLM, name, device)
 
     @torch.no_grad()
     def __call__(self, questions, completions):
@@ -934,26 +1069,25 @@ class SentenceEmbedder:
     """E of the paper, Qwen3-Embedding: the last token's state, left padding, documents take no instruction."""
 
     def __init__(self, name, device):
-        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        self.model = AutoModel.from_pretrained(name, dtype=DTYPE).to(device).eval()
+        self.tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, name, padding_side="left")
         if self.tokenizer("").input_ids != [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]:
-            raise ValueError("its tokenizer does not end a text with <|endoftext|>, whose state is the embedding")
+            raise UserError(f"{name} is no Qwen3-Embedding: its tokenizer does not end a text with <|endoftext|>")
+        self.model = load_model(Qwen3Model, name, device)
 
     @torch.no_grad()
     def embed(self, texts):
         """Strings -> unit vectors [N, D]."""
         inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=8192, return_tensors="pt")
-        hidden = self.model(**inputs.to(self.model.device)).last_hidden_state  # [N, T, D]
+        hidden = self.model(**inputs.to(self.model.device), use_cache=False).last_hidden_state  # [N, T, D]
         return F.normalize(hidden[:, -1].float(), dim=-1)
 
 
 def load_helper(kind, flag, name, device):
-    """One of the helper models above, by name. Raises UserError if it cannot be loaded."""
+    """One of the helper models above, by name. Raises UserError, which starts with the flag, if it cannot be loaded."""
     try:
         return kind(name, device)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{flag} {name} is no usable model, here or on the hub: {reason}") from error
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
 
 
 def load_embedder(cfg, device):
@@ -1042,14 +1176,12 @@ def write_json(path, content):
     write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def open_log(path, step):
-    """A JSON-lines file to append to, cut back to the lines up to `step`: later steps are done again."""
-    if RANK:
-        return open(os.devnull, "w")
-    lines = path.read_text().splitlines(keepends=True) if step else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_aside(path, lambda aside: aside.write_text("".join(lines)))
-    return open(path, "a")
+def open_log(path, size):
+    """A JSON-lines file to append to, cut back to `size` bytes: what comes later is done again."""
+    file = open(os.devnull if RANK else path, "a")
+    if RANK == 0:
+        file.truncate(min(size, file.tell()))
+    return file
 
 
 def write_line(file, values):
@@ -1071,41 +1203,49 @@ def save_adapter(lm, out, cfg):
     })
 
 
-def remember_signals():
-    """From now on the first Ctrl-C or SIGTERM is only noted in the list that is returned; a second one ends the run."""
-    signals = []
-
-    def remember(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
+def on_signals(handler):
+    """From now on Ctrl-C and SIGTERM call `handler`."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
-    return signals
+        signal.signal(number, handler)
 
 
-def save_checkpoint(optimizer, generator, step, before, cfg):
-    """Write trained weights, AdamW's state and the generators' states after `step`; keep the last two checkpoints."""
-    states = [generator.get_state().to(DEVICE) for _ in range(RANKS)]
-    if RANKS > 1:
-        dist.all_gather(states, states[RANK].clone())
+def note_signal(signals, number, frame):
+    """Handler of the first signal during a step: it is only noted, in `signals`. A second one ends the run at once."""
+    signals.append(number)
+    on_signals(signal.SIG_DFL)
+    if RANK == 0:  # by os.write: print may be what was interrupted
+        os.write(2, b"\nstopping when this step is done and saved; a second signal stops at once and loses it\n")
+
+
+def save_checkpoint(optimizer, step, state, cfg):
+    """Write trained weights, AdamW's state and `state` after `step`, in rank 0; keep the last two checkpoints."""
     if RANK:
         return
-    tensors = {f"generator.{rank}": state for rank, state in enumerate(states)}
+    tensors = {}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"trained.{i}": p.detach()} | {f"adamw.{i}.{key}": x for key, x in optimizer.state[p].items()}
-    metadata = {"tars": json.dumps({"before": before, "config": asdict(cfg) | {"ranks": RANKS}})}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"tars": json.dumps(state | {"config": asdict(cfg) | {"ranks": RANKS}})}
     folder = Path(cfg.out) / "checkpoints"
     folder.mkdir(exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_aside(folder / f"step-{step:07}.safetensors", lambda path: save_file(tensors, path, metadata))
-    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
+    for old in checkpoints(cfg)[:-2]:
         old.unlink()
 
 
+def checkpoints(cfg):
+    """The checkpoints of cfg.out, the last one last."""
+    return sorted((Path(cfg.out) / "checkpoints").glob("step-*.safetensors"))
+
+
+# May differ in a resumed run: no number depends on them beyond rounding.
+FREE = {"out", "resume", "save_every", "eval_every", "sample_every", "aux_device", "tokens_per_micro_batch",
+        "eval_batch", "gradient_checkpointing"}
+
+
 def find_checkpoint(cfg):
-    """The checkpoint to continue from and its metadata, or None twice. Raises UserError where --resume does not fit."""
-    found = sorted((Path(cfg.out) / "checkpoints").glob("step-*.safetensors"))
+    """The checkpoint to continue from and its state, or None twice. Raises UserError where --resume does not fit."""
+    found = checkpoints(cfg)
     if not found and cfg.resume == "last":
         raise UserError(f"--resume: {cfg.out} holds no checkpoint to continue from")
     if found and not cfg.resume and not (Path(cfg.out) / "summary.json").exists():
@@ -1113,30 +1253,44 @@ def find_checkpoint(cfg):
     if not found or not cfg.resume:
         return None, None
     with safe_open(found[-1], "pt") as file:
-        metadata = json.loads(file.metadata()["tars"])
-    saved = asdict(Config()) | metadata["config"]  # a setting that is newer than the checkpoint had its default
-    other = {k for k, v in (asdict(cfg) | {"ranks": RANKS}).items() if saved[k] != v}
-    if other := other - {"out", "resume", "save_every", "aux_device"}:
+        state = json.loads(file.metadata()["tars"])
+    saved = asdict(Config()) | state["config"]  # a setting that is newer than the checkpoint had its default
+    changed = {k: f"{saved[k]} -> {v}" for k, v in (asdict(cfg) | {"ranks": RANKS}).items() if saved[k] != v}
+    free = FREE | {"max_new_tokens"} & cfg.given  # of those that move numbers one alone, and only if it is asked for
+    if other := changed.keys() - free:
         raise UserError(f"--resume: {found[-1]} was made with another {', '.join(sorted(other))}: give the same ones")
-    return found[-1], metadata
+    if changed := ", ".join(f"{k} {v}" for k, v in changed.items() if k not in ("out", "resume")):
+        print(f"--resume with {changed}")
+        state["changed"] = {"resumed_with": changed}
+    return found[-1], state
 
 
-def load_checkpoint(path, optimizer, generator):
-    """Put weights, AdamW's state and the generator back where they were. Returns the step."""
+def load_checkpoint(path, optimizer):
+    """Put weights and AdamW's state back where they were. Returns the step."""
     tensors, state = load_file(path), {}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         p.data.copy_(tensors[f"trained.{i}"])
         state[i] = {name.split(".")[2]: x for name, x in tensors.items() if name.startswith(f"adamw.{i}.")}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    generator.set_state(tensors[f"generator.{RANK}"])
     return int(path.stem.removeprefix("step-"))
 
 
 # ==== 11. Several processes, started by torchrun: rank r takes questions r, r + RANKS, ... ============================
-def sum_over_ranks(x):
-    """A tensor -> its sum over all processes."""
+def join_processes():
+    """Meet the other processes, each on its own GPU. Only rank 0 prints."""
+    if DEVICE == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"more processes than GPUs: start torchrun with --nproc_per_node={gpus} at most")
+        torch.cuda.set_device(local)
+    dist.init_process_group(timeout=timedelta(days=1))  # ranks wait for each other while one loads or evaluates
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+def sum_over_ranks(x, operation=dist.ReduceOp.SUM):
+    """A tensor -> its sum over all processes, or another reduction of it."""
     if RANKS > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, operation)
     return x
 
 
@@ -1151,9 +1305,10 @@ def sum_gradients_over_ranks(parameters, loss):
 
 
 def mean_over_ranks(metrics):
-    """Numbers of this process -> their means over all."""
+    """Numbers of this process -> their means over all; of peak_gib the largest."""
     means = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64, device=DEVICE)) / RANKS
-    return dict(zip(metrics, means.tolist()))
+    peak = sum_over_ranks(torch.tensor(metrics["peak_gib"], device=DEVICE), dist.ReduceOp.MAX)
+    return dict(zip(metrics, means.tolist())) | {"peak_gib": peak.item()}
 
 
 # ==== 12. The command =================================================================================================
@@ -1175,7 +1330,9 @@ def parse_config(arguments, build_demo):
         if unknown := recommended.keys() - {f.name for f in fields(Config)}:
             raise UserError(f"{model}/tars_config.json has the unknown setting(s) {', '.join(sorted(unknown))}")
         recommended |= {k: os.path.normpath(model / recommended[k]) for k in ("data", "eval_data") if k in recommended}
-    return Config(**(recommended | flags))
+    cfg = Config(**(recommended | flags))
+    cfg.given = set(flags)
+    return cfg
 
 
 def build_demo(folder):
@@ -1203,28 +1360,34 @@ def check(cfg):
 def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
     if RANKS > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        join_processes()
     cfg = parse_config(arguments, build_demo)
     check(cfg)
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
-    lm = SpeechLM.from_pretrained(cfg.model)
-    embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
-    layers = layer_weights(cfg.layers, len(lm.decoder.layers))  # [L]
+    layers = layer_weights(cfg.layers, family_of(cfg.model)[1])  # [L]
     print(f"R_rep compares {layers.count_nonzero()} of {len(layers)} layers")
-    last, metadata = find_checkpoint(cfg)
+    last, state = find_checkpoint(cfg)  # all that can be refused without the weights is refused before they are loaded
+    embedder, extract = load_embedder(cfg, DEVICE), load_extractor(cfg, DEVICE)
+    lm = SpeechLM.from_pretrained(cfg.model)
     sum_over_ranks(torch.zeros(1, device=lm.device))  # a barrier: rank 0 removes old checkpoints after all have looked
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0 and last is None:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        (out / "summary.json").unlink(missing_ok=True)
+    if RANK == 0:
+        if last is None:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            (out / "summary.json").unlink(missing_ok=True)
         write_json(out / "config.json", asdict(cfg))
 
-    before = metadata["before"] if metadata else evaluate(lm, eval_questions, extract, cfg)
-    after = train(lm, questions, eval_questions, embedder, extract, cfg, before, last)
+    try:
+        before = state["before"] if state else evaluate(lm, eval_questions, extract, cfg)
+        state = state or {"before": before, "metrics": {}, "sizes": {}, "changed": {}}
+        after = train(lm, questions, eval_questions, embedder, extract, cfg, last, state)
+    except (torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        there = [f"{path} is there: the same command with --resume continues" for path in checkpoints(cfg)[-1:]]
+        error.add_note(*(there or ["there is no checkpoint yet"]))
+        raise
+    if RANKS > 1:
+        dist.destroy_process_group()
     if RANK:
         return
     mrr = [modality_recovery_rate(accuracy["speech"], before["text"]) for accuracy in (before, after)]
@@ -1240,18 +1403,19 @@ def main(arguments=None):
 
 def run(program, main):
     """Run a program's main(): an error that its user can mend ends in one line on stderr and exit code 2."""
+    on_signals(signal.default_int_handler)
     try:
         return main()
     except UserError as error:
         message, code = str(error), 2
-    except torch.OutOfMemoryError:
-        message, code = (f"out of GPU memory at {peak_memory(torch.device('cuda')):.1f} GiB: lower "
-                         "--tokens-per-micro-batch, --max-new-tokens or --questions-per-step, or leave out long clips "
-                         "(data_prep.py --max-seconds); the last checkpoint is good, --resume continues from it"), 2
+    except torch.OutOfMemoryError as error:
+        peak, code = peak_memory(torch.device("cuda")), 2
+        message = "; ".join([f"out of GPU memory at {peak:.1f} GiB: lower --tokens-per-micro-batch, --eval-batch or "
+                             "--max-new-tokens", *getattr(error, "__notes__", [])])
     except OSError as error:  # an unwritable folder, a full disk
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except KeyboardInterrupt as error:
-        message, code = str(error) or "interrupted", 130
+        message, code = "; ".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), 130
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
 

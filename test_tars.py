@@ -33,6 +33,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import (
+    AutoTokenizer,
     Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
@@ -52,6 +53,7 @@ from transformers import (
 import data_prep
 import eval as evaluation
 import tars
+from data_prep import decode_clip
 from tars import (
     Config,
     LoRALinear,
@@ -1114,47 +1116,20 @@ def test_missing_column_is_named(small_demo, tmp_path):
         load_questions(tmp_path / "data")
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_clips_of_every_width_are_scaled_alike(width):
-    full = 2 ** (8 * width - 1)  # half of full scale is 0.5, and -full is -1, whatever the width
-    clip = read_clip(wav(np.tile([[full // 2], [-full], [0]], (600, 1)), width=width))
-    assert clip.tolist() == [0.5, -1.0, 0.0] * 600
-
-
-def test_clips_are_mixed_down_and_resampled():
-    stereo = read_clip(wav(np.tile([[16384, 0], [0, -16384]], (900, 1))))
-    assert stereo.tolist() == [0.25, -0.25] * 900
-    second = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
-    clip = read_clip(wav((second * 16384).astype(int)[:, None], rate=48_000))
-    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
-    assert len(clip) == 16_000 and np.abs(clip.numpy() - expected)[100:-100].max() < 0.01
-
-
-def test_odd_but_readable_clips_are_read():
-    for clip in (tone(0.5, 48_000), tone(0.5, 44_100, channels=5), tone(0.5, 8_000, channels=2)):
-        assert abs(len(read_clip(clip)) - 8000) <= 1
-    assert read_clip(wav(np.zeros((8000, 1), int))).abs().max() == 0  # silence is a clip like any other to the model
-
-
-def test_unreadable_clip_is_named():
-    with pytest.raises(tars.UserError, match="question-7"):
-        read_clip(b"no audio at all", "question-7")
-
-
 @pytest.mark.parametrize("data, says", [
-    (b"", "unreadable"), (b"RIFF", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
-    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (wav(np.zeros((0, 1), int)), "shorter than 0.1 s"),
-    (tone(301, 8_000), "longer than 300 s .301.00 s."), (float_wav(np.zeros(8000)), "unreadable clip; it is no PCM WAV.*torchcodec"),
+    (b"no audio at all", "unreadable clip"), (b"", "unreadable clip"), (b"RIFF", "unreadable clip"),
+    (tone(0.5, 8_000), "no 16-bit mono WAV at 16 kHz: convert it with data_prep.py"),
+    (tone(0.5, 16_000, channels=2), "no 16-bit mono WAV"), (wav(np.zeros((8000, 1), int), width=3), "no 16-bit mono WAV"),
+    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 16_000), "longer than 300 s .301.00 s."),
 ], ids=lambda x: x if isinstance(x, str) else "clip")
-def test_bad_clips_are_named(data, says):
+def test_clips_are_16_bit_mono_wav_and_others_are_named(data, says):
     with pytest.raises(tars.UserError, match="q7 has an? .*" + says):
         read_clip(data, "q7")
 
 
-def test_nan_samples_are_named(monkeypatch):
-    monkeypatch.setattr(tars.torchaudio, "load", lambda file: (torch.full((1, 16_000), math.nan), 16_000))
-    with pytest.raises(tars.UserError, match="q7 has a clip with NaN samples"):
-        read_clip(float_wav(np.zeros(8000)), "q7")
+def test_clip_is_scaled_to_one():
+    # half of full scale is 0.5, and -full is -1
+    assert read_clip(wav(np.tile([[16384], [-32768], [0]], (600, 1)))).tolist() == [0.5, -1.0, 0.0] * 600
 
 
 # ======================================================================================================================
@@ -1314,7 +1289,7 @@ def test_ngram_embedder_by_hand():
 
 
 def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint, tmp_path):
-    tokenizer = tars.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))])
     config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -1329,7 +1304,7 @@ def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint,
         with torch.no_grad():
             last = model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0, -1]
         torch.testing.assert_close(vector, last / last.norm(), atol=1e-5, rtol=0)
-    tars.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)  # one that ends no text
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)  # one that ends no text
     with pytest.raises(tars.UserError, match="endoftext"):
         tars.load_embedder(Config(embedder=str(tmp_path)), "cpu")
 
@@ -1392,9 +1367,9 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint, lm, tmp_path):
 
 
 def long_flags(small_demo, out):
-    """A run of six steps with a checkpoint every second one."""
+    """A run of six steps with a checkpoint after each."""
     return [str(x) for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2,
-                             "--save-every", 2, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3, "--eval-batch", 40, "--out", out)]
+                             "--save-every", 0.001, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3, "--eval-batch", 40, "--out", out)]
 
 
 @pytest.fixture(scope="session")
@@ -1433,6 +1408,8 @@ def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_
         tars.main(long_flags(small_demo, out)[1:])
     with pytest.raises(tars.UserError, match="another lr"):
         tars.main([*long_flags(small_demo, out)[1:], "--lr", "0.5", "--resume"])
+    steps = [int(path.stem[5:]) for path in sorted((out / "checkpoints").glob("step-*"))]
+    assert 3 <= steps[-1] <= len((out / "log.jsonl").read_text().splitlines()) + 1  # only the running step was lost
     run(*long_flags(small_demo, out), "--resume", "auto")
     same_run(out, uninterrupted)
     assert len(list((out / "checkpoints").iterdir())) == 2  # the last two, nothing half-written
@@ -1445,7 +1422,9 @@ def test_stopped_by_a_signal_saves_and_says_how_to_go_on(small_demo, uninterrupt
     wait_for_steps(process, out, 1)
     process.send_signal(number)
     _, errors = process.communicate()
-    assert process.returncode == 130 and list((out / "checkpoints").iterdir()) and "with --resume continues" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "with --resume continues" in errors and "Traceback" not in errors
+    stopped = int(re.search(r"stopped after step (\d+) of 6", errors)[1])
+    assert max((out / "checkpoints").iterdir()).name == f"step-{stopped:07}.safetensors" and len(log_apart_from_times(out)) == stopped
     if number == signal.SIGTERM:
         run(*long_flags(small_demo, out), "--resume")
         same_run(out, uninterrupted)
@@ -1475,18 +1454,131 @@ def test_killed_at_twenty_random_moments(small_demo, uninterrupted, tmp_path):
         same_run(out, uninterrupted)
 
 
-def test_checkpoint_older_than_a_setting_has_its_default(tmp_path):
-    cfg = Config(out=str(tmp_path), resume="last")
+def checkpointed(tmp_path, **settings):
+    """A checkpoint of step 3 under other settings than Config's."""
+    cfg = Config(out=str(tmp_path), resume="last", **settings)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    tars.save_checkpoint(optimizer, torch.Generator(), 3, {"speech": 0.0, "text": 1.0}, cfg)
+    state = {"before": {"speech": 0.0, "text": 1.0}, "metrics": {}, "sizes": {}, "changed": {}}
+    tars.save_checkpoint(optimizer, 3, state, cfg)
+    return cfg
+
+
+def test_checkpoint_older_than_a_setting_has_its_default(tmp_path):
+    cfg = checkpointed(tmp_path)
     (file,) = (tmp_path / "checkpoints").iterdir()
     with tars.safe_open(file, "pt") as tensors:
         metadata = json.loads(tensors.metadata()["tars"])
     del metadata["config"]["layers"]
     tars.save_file(load_file(file), file, {"tars": json.dumps(metadata)})
-    assert tars.find_checkpoint(cfg)[0] == file and set(load_file(file)) == {"trained.0", "generator.0"}
+    assert tars.find_checkpoint(cfg)[0] == file and set(load_file(file)) == {"trained.0"}
     with pytest.raises(tars.UserError, match="made with another layers"):
         tars.find_checkpoint(dataclasses.replace(cfg, layers="1-2"))
+
+
+def test_resume_takes_other_settings_where_no_number_depends_on_them(tmp_path, capsys):
+    cfg = checkpointed(tmp_path)
+    free = {"tokens_per_micro_batch": 900, "eval_batch": 3, "gradient_checkpointing": False, "eval_every": 7, "save_every": 1.0,
+            "sample_every": 0, "aux_device": "cpu", "resume": "auto"}
+    _, state = tars.find_checkpoint(dataclasses.replace(cfg, **free))
+    assert "tokens_per_micro_batch 16384 -> 900" in state["changed"]["resumed_with"] and "eval_batch 32 -> 3" in capsys.readouterr().out
+    assert tars.find_checkpoint(cfg)[1]["changed"] == {} and capsys.readouterr().out == ""
+    for name, value in {"lr": 0.5, "alpha": 0.0, "seed": 1, "group_size": 4, "questions_per_step": 2, "steps": 9, "temperature": 0.5,
+                        "data": "x", "eval_data": "x", "model": "x", "embedder": "ngrams", "extractor": "x", "lora_rank": 4}.items():
+        with pytest.raises(tars.UserError, match=f"made with another {name}: give the same"):
+            tars.find_checkpoint(dataclasses.replace(cfg, **{name: value}))
+
+
+def test_resume_takes_another_max_new_tokens_only_if_it_is_given(tmp_path, capsys):
+    cfg = checkpointed(tmp_path, max_new_tokens=300)
+    other = dataclasses.replace(cfg, max_new_tokens=200)
+    with pytest.raises(tars.UserError, match="another max_new_tokens"):
+        tars.find_checkpoint(other)
+    other.given = {"max_new_tokens", "resume"}
+    assert tars.find_checkpoint(other)[1]["changed"] == {"resumed_with": "max_new_tokens 300 -> 200"}
+    assert "max_new_tokens 300 -> 200" in capsys.readouterr().out
+
+
+def test_resumed_run_says_and_logs_what_changed_and_does_not_evaluate_the_base_model_again(small_demo, tmp_path, monkeypatch, capsys):
+    out, evaluations = tmp_path / "run", []
+    train_step, evaluate = tars.train_step, tars.evaluate
+    monkeypatch.setattr(tars, "evaluate", lambda *args: evaluations.append(1) or evaluate(*args))
+    monkeypatch.setattr(tars, "train_step", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    flags = [*long_flags(small_demo, out)[1:], "--steps", "2", "--eval-every", "0"]
+    with pytest.raises(torch.OutOfMemoryError) as error:  # in the first step: the evaluation is kept in the checkpoint of step 0
+        tars.main(flags)
+    assert len(evaluations) == 1 and "step-0000000.safetensors is there: the same command with --resume" in error.value.__notes__[0]
+    monkeypatch.setattr(tars, "train_step", train_step)
+    tars.main([*flags, "--resume", "--max-new-tokens", "20", "--eval-batch", "16"])
+    assert len(evaluations) == 2  # the last one
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and "resumed_with" not in lines[1]
+    assert lines[0]["resumed_with"] == "max_new_tokens 26 -> 20, eval_batch 40 -> 16"
+    assert "max_new_tokens 26 -> 20" in capsys.readouterr().out and json.loads((out / "config.json").read_text())["max_new_tokens"] == 20
+
+
+def test_out_of_memory_before_the_first_checkpoint_says_so(small_demo, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA")
+
+    monkeypatch.setattr(tars, "evaluate", full)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        tars.main(long_flags(small_demo, tmp_path / "run")[1:])
+    assert error.value.__notes__ == ["there is no checkpoint yet"]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--resume"], "no checkpoint to continue from"), (["--layers", "2-9"], "--layers 2-9"), (["--extractor", "no/such"], "--extractor no/such"),
+    (["--embedder", "no/such"], "--embedder no/such"), (["--data", "no/such"], "no/such is no data set"),
+], ids=str)
+def test_what_needs_no_weights_is_refused_before_they_are_loaded(small_demo, tmp_path, monkeypatch, flags, says):
+    monkeypatch.setattr(SpeechLM, "from_pretrained", lambda path: pytest.fail("the weights were loaded first"))
+    with pytest.raises(tars.UserError, match=says):
+        tars.main([*long_flags(small_demo, tmp_path / "run")[1:], *flags])
+
+
+def slow_run(small_demo, out, seconds, *flags, steps=3):
+    """Command of a run whose steps take `seconds` longer, each saying "step" when it begins."""
+    code = ("import sys, time, tars\nstep = tars.train_step\n"
+            f"def slow(*args):\n    print('step', flush=True)\n    time.sleep({seconds})\n    return step(*args)\n"
+            "tars.train_step = slow\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (script := out.with_suffix(".py")).write_text(code)
+    return [str(script), *long_flags(small_demo, out)[1:], "--steps", str(steps), "--eval-every", "0", "--save-every", "20", *map(str, flags)]
+
+
+def test_first_signal_says_at_once_that_the_step_will_be_finished(small_demo, tmp_path):
+    command = slow_run(small_demo, tmp_path / "run", 5)
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert next(line for line in process.stdout if line == "step\n")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    begin = time.time()
+    said = next(line for line in process.stderr if "stopping when this step is done" in line)
+    assert time.time() - begin < 2 and "a second signal stops at once" in said
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "stopped after step 1 of 3" in errors and "step-0000001.safetensors is there" in errors
+
+
+def test_second_signal_stops_at_once(small_demo, tmp_path):
+    process = subprocess.Popen([sys.executable, *slow_run(small_demo, tmp_path / "run", 60)], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert next(line for line in process.stdout if line == "step\n")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM and (tmp_path / "run" / "checkpoints" / "step-0000000.safetensors").exists()
+
+
+def test_a_signal_during_an_evaluation_ends_it_at_once(small_demo, tmp_path):
+    code = ("import sys, time, tars\ndef slow(*args):\n    print('evaluating', flush=True)\n    time.sleep(60)\n"
+            "tars.evaluate = slow\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))\n")
+    process = subprocess.Popen([sys.executable, "-c", code, *long_flags(small_demo, tmp_path / "run")[1:]], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert next(line for line in process.stdout if line == "evaluating\n")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130 and errors.splitlines()[-1] == "tars.py: interrupted; there is no checkpoint yet"
 
 
 # ======================================================================================================================
@@ -1618,8 +1710,8 @@ def test_full_disk_ends_in_one_line(small_demo, tmp_path):
 
 def test_out_of_memory_ends_in_one_message_with_the_flags_to_lower(small_demo, tmp_path):
     said = patched(small_demo, tmp_path / "run", "def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')\ntars.train_step = full")
-    assert all(flag in said for flag in ("--tokens-per-micro-batch", "--max-new-tokens", "--questions-per-step", "--max-seconds", "GiB"))
-    assert "Traceback" not in said
+    assert all(part in said for part in ("--tokens-per-micro-batch", "--max-new-tokens", "--eval-batch", "GiB", "step-0000000.safetensors is there"))
+    assert "Traceback" not in said and "--questions-per-step" not in said  # which --resume would refuse
 
 
 # ======================================================================================================================
@@ -1638,7 +1730,7 @@ def test_demo_sums_are_1210_and_right():
 
 
 def test_demo_tokenizer_gives_back_the_exact_string(checkpoint):
-    tokenizer = tars.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for text in (data_prep.worked_answer(SUMS[7], 2), Qwen25Omni.before_user, "five minus one\n\nOption A: six\nOption B: one"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids
@@ -1653,6 +1745,49 @@ def test_demo_holds_out_its_test_sums(small_demo):
 # ======================================================================================================================
 # data_prep.py: real data, on replicas of each source's layout
 # ======================================================================================================================
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_clips_of_every_width_are_scaled_alike(width):
+    full = 2 ** (8 * width - 1)  # half of full scale is 0.5, and -full is -1, whatever the width
+    clip = decode_clip(wav(np.tile([[full // 2], [-full], [0]], (600, 1)), width=width))
+    assert clip.tolist() == [0.5, -1.0, 0.0] * 600
+
+
+def test_clips_are_mixed_down_and_resampled():
+    stereo = decode_clip(wav(np.tile([[16384, 0], [0, -16384]], (900, 1))))
+    assert stereo.tolist() == [0.25, -0.25] * 900
+    second = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+    clip = decode_clip(wav((second * 16384).astype(int)[:, None], rate=48_000))
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    assert len(clip) == 16_000 and np.abs(clip.numpy() - expected)[100:-100].max() < 0.01
+
+
+def test_odd_but_readable_clips_are_read():
+    for clip in (tone(0.5, 48_000), tone(0.5, 44_100, channels=5), tone(0.5, 8_000, channels=2)):
+        assert abs(len(decode_clip(clip)) - 8000) <= 1
+    assert decode_clip(wav(np.zeros((8000, 1), int))).abs().max() == 0  # silence is a clip like any other to the model
+
+
+def test_unreadable_clip_is_named():
+    with pytest.raises(tars.UserError, match="question-7"):
+        decode_clip(b"no audio at all", "question-7")
+
+
+@pytest.mark.parametrize("data, says", [
+    (b"", "unreadable"), (b"RIFF", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
+    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (wav(np.zeros((0, 1), int)), "shorter than 0.1 s"),
+    (tone(301, 8_000), "longer than 300 s .301.00 s."), (float_wav(np.zeros(8000)), "unreadable clip; it is no PCM WAV.*torchcodec"),
+], ids=lambda x: x if isinstance(x, str) else "clip")
+def test_bad_clips_are_named(data, says):
+    with pytest.raises(tars.UserError, match="q7 has an? .*" + says):
+        decode_clip(data, "q7")
+
+
+def test_nan_samples_are_named(monkeypatch):
+    monkeypatch.setattr(data_prep.torchaudio, "load", lambda file: (torch.full((1, 16_000), math.nan), 16_000))
+    with pytest.raises(tars.UserError, match="q7 has a clip with NaN samples"):
+        decode_clip(float_wav(np.zeros(8000)), "q7")
+
+
 def replica(path, rows):
     """Write rows as parquet; clips as the hub stores them, {"bytes", "path"}."""
     path.parent.mkdir(parents=True, exist_ok=True)
