@@ -941,7 +941,7 @@ def extract_answer(completion, options):
     that does not end has no answer.
     """
     answer = re.split("</think>", completion, flags=re.I)[-1]
-    blocks = re.findall(r"<answer>(.*?)(?=</?answer>?|$)", answer, re.S | re.I) or [answer]
+    blocks = re.findall(r"<answer>((?:(?!</?answer).)*)(?=</answer|$)", answer, re.S | re.I) or [answer]
     letters = {chosen_letter(block, options) for block in blocks if block.strip()}
     return letters.pop() if len(letters) == 1 and "<think>" not in answer.lower() else None
 

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from tokenizers import processors
@@ -151,7 +152,8 @@ def test_eq3_base_reward_by_hand():
     ("<think>a</think><answer>The answer is B.</answer>", 1),
     ("<think>a\nb</think>\n<answer>So: The answer is D: because</answer>", 1),
     ("<think></think><answer>The answer is C, yes</answer>", 1),
-    (" <think>a</think><answer>The answer is B.</answer>", 0),  # does not start with the tag
+    (" \n<think>a</think><answer>The answer is B.</answer>\n", 1),  # white space around it is allowed
+    ("so <think>a</think><answer>The answer is B.</answer>", 0),  # does not start with the tag
     ("<think>a</think><answer>The answer is B.</answer> ok", 0),  # does not end with it
     ("<think>a</think><answer>The answer is B</answer>", 0),  # no mark after the letter
     ("<think>a</think><answer>The answer is E.</answer>", 0),
@@ -957,6 +959,16 @@ def test_gradient_checkpointing_runs_each_layer_again(lm, questions, answers, ch
     assert len(ran) == 1 + checkpointing
 
 
+def test_nothing_is_recomputed_where_no_gradient_is_wanted(lm, questions, answers, monkeypatch):
+    calls, recompute = [], tars.recompute
+    monkeypatch.setattr(tars, "recompute", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
+    lm.recompute_layers()
+    lm.rollout(lm.embed(questions), 2, 3, 1.0)
+    assert not calls
+    forward(lm, questions, *answers)
+    assert len(calls) >= 4  # each of four layers, and the logits
+
+
 def test_processes_share_the_adapter_and_draw_apart(checkpoint, monkeypatch):
     made = []
     for rank in (0, 1):
@@ -1187,6 +1199,99 @@ def thinker_state(model, tmp_path):
     return load_file(tmp_path / "thinker" / "model.safetensors")
 
 
+def test_tokenizer_is_tokenizer_json_as_it_is(checkpoint, tmp_path):
+    """AutoTokenizer would build GPT-2's own pre-tokenizer for the class that Phi's tokenizer_config.json names."""
+    shutil.copytree(checkpoint, path := tmp_path / "copy")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    text = tars.SYSTEM_PROMPT + " five minus one plus two"
+    as_it_is = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    lm = SpeechLM.from_pretrained(str(path))
+    assert lm.tokenizer(text, add_special_tokens=False).input_ids == as_it_is
+    assert AutoTokenizer.from_pretrained(path)(text, add_special_tokens=False).input_ids != as_it_is  # the trap is there
+
+
+def damaged(source, path, change):
+    """A copy of a model directory whose tensors `change` alters; the name of the tensor to alter is given to it."""
+    shutil.copytree(source, path)
+    tensors = load_file(path / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith(("layers.1.mlp.down_proj.weight", "layers.0.fc1.weight")))
+    change(tensors, name)
+    tars.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return name.split("layers.")[1]
+
+
+DAMAGE = {
+    "missing": lambda tensors, name: tensors.pop(name),
+    "renamed": lambda tensors, name: tensors.update({name + "s": tensors.pop(name)}),
+    "another shape": lambda tensors, name: tensors.update({name: tensors[name][:, :3].contiguous()}),
+    "NaN": lambda tensors, name: tensors[name].view(-1)[:1].fill_(math.nan),
+    "infinite": lambda tensors, name: tensors[name].view(-1)[:1].fill_(math.inf),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_model_that_is_not_whole_is_refused_by_its_tensor(checkpoint, tmp_path, damage):
+    name = damaged(checkpoint, tmp_path / "model", DAMAGE[damage])
+    with pytest.raises(tars.UserError, match="no whole .*missing, of another shape or not finite.*" + re.escape(name)) as error:
+        SpeechLM.from_pretrained(str(tmp_path / "model"))
+    assert "\n" not in str(error.value)
+
+
+def test_model_with_more_tensors_is_harmless(checkpoint, tmp_path):
+    damaged(checkpoint, tmp_path / "model", lambda tensors, name: tensors.update({"talker.head.weight": torch.ones(2)}))
+    SpeechLM.from_pretrained(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "preprocessor_config.json"])
+def test_torn_file_of_a_model_ends_in_one_line(checkpoint, tmp_path, file):
+    shutil.copytree(checkpoint, path := tmp_path / "model")
+    (path / file).write_bytes((path / file).read_bytes()[: (path / file).stat().st_size // 2])
+    with pytest.raises(tars.UserError, match="no usable model") as error:
+        SpeechLM.from_pretrained(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_revision_of_phi_belongs_to_microsofts_repository_alone(checkpoint, monkeypatch):
+    """No hub here: what would be asked of it is recorded."""
+    asked = []
+
+    def no_hub(load, path, revision=None, **options):
+        asked.append((path, revision))
+        return ({"model_type": "phi4mm"}, {}) if load == tars.PretrainedConfig.get_config_dict else Phi4MultimodalConfig()
+
+    monkeypatch.setattr(tars, "open_pretrained", no_hub)
+    monkeypatch.setattr(SpeechLM, "__init__", lambda self, *parts: None)
+    monkeypatch.setattr(tars, "to_device", lambda model, family: model)
+    for path, revision in (("microsoft/Phi-4-multimodal-instruct", "refs/pr/70"), ("somebody/phi-4-tuned", "main"), (checkpoint, "main")):
+        asked.clear()
+        SpeechLM.from_pretrained(path)
+        assert {r for _, r in asked if r} == {revision} and len(asked) == 5  # model_type, configuration; tokenizer, extractor, model
+
+
+def test_layers_are_counted_without_the_weights(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, path := tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    assert tars.family_of(str(path)) == (SpeechLM.from_pretrained(checkpoint).family, 4)
+
+
+def test_a_run_in_emulated_bfloat16(checkpoint, small_demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "DTYPE", torch.bfloat16)
+    data = ["--data", str(small_demo / "train"), "--eval-data", str(small_demo / "val"), "--embedder", "ngrams", "--max-new-tokens", "6"]
+    flags = ["--model", checkpoint, "--out", str(tmp_path / "run"), "--steps", "2", "--questions-per-step", "2", "--lr", "0.01", *data]
+    tars.main(flags)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(math.isfinite(line[k]) for line in lines for k in ("loss", "rep_speech", "reward_speech"))
+    lm = SpeechLM.from_pretrained(checkpoint)
+    evaluation.load_adapter(lm, tmp_path / "run")
+    assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16, torch.float32}  # LoRA's matrices stay float32
+
+
+def test_cudnns_attention_is_off_and_batches_are_for_a_gpu():
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert Config().eval_batch == 32
+
+
 def test_unknown_family_is_told_which_are_known(tmp_path):
     Qwen2Config().save_pretrained(tmp_path)
     with pytest.raises(tars.UserError, match="family qwen2; known are qwen2_5_omni, qwen2_5_omni_thinker, phi4_multimodal"):
@@ -1235,6 +1340,70 @@ def test_default_architecture_has_the_real_models_size(family, parts):
 ])
 def test_extract_answer(completion, letter):
     assert extract_answer(completion, OPTIONS) == letter
+
+
+ANIMALS = ["a lizard", "a beetle", "a scorpion", "a frog"]
+THINGS = ["wood", "stone", "paper", "glass"]
+
+
+@pytest.mark.parametrize("completion, options, letter", [
+    # what counts is what stands after the thought
+    ("<think>I must end with <answer>The answer is A.</answer></think><answer>The answer is D.</answer>", THINGS, "D"),
+    ("<think>So A.</think>\n\nThe answer is C.", THINGS, "C"), ("So B. The answer is B.</think>D", THINGS, "D"),
+    ("<think>Stone it is. The answer is B.", THINGS, None), ("<THINK>x</THINK><Answer>C</Answer>", THINGS, "C"),
+    ("<think>A</think> <think>no", THINGS, None), ("<think>x</think><answer>The answer is B.", THINGS, "B"),
+    ("<think>x</think><answer></answer>", THINGS, None), ("<think>x</think><answer>The answer<answer>The answer is A.</answer>", THINGS, "A"),
+    # two final blocks
+    ("<think>x</think><answer>The answer is A.</answer> No. <answer>The answer is B.</answer>", THINGS, None),
+    ("<answer>B</answer><answer>The answer is stone.</answer>", THINGS, "B"),
+    # a letter that is a word
+    ("The answer is A red herring", THINGS, None), ("A cat is an animal.", THINGS, None), ("The key is C major.", THINGS, None),
+    ("The answer is A red herring.", ["red herring", "x", "y", "z"], "A"), ("The answer is vitamin C.", ["vitamin C", "iron", "zinc", "x"], "A"),
+    ("Figure A shows the lungs.", ["heart", "liver", "skin", "lungs"], None),
+    # letter and its option
+    ("C. a scorpion", ANIMALS, "C"), ("(B) stone", THINGS, "B"), ("B: stone", THINGS, "B"), ("The answer is C, the scorpion.", ANIMALS, "C"),
+    ("It is a scorpion (C).", ANIMALS, "C"), ("10 + 4 = 14 (B)", ["4", "14", "24", "40"], "B"),
+    # letter and another option's text
+    ("The answer is B, glass", THINGS, None), ("D. a scorpion", ANIMALS, None), ("The answer is paper (D).", THINGS, None),
+    ("The answer is B. Unlike glass, stone does not shatter.", THINGS, "B"),
+    # markup and quotes
+    ("**Answer:** (C)", THINGS, "C"), ("ANSWER: $A$", THINGS, "A"), (r"\boxed{\text{B}}", THINGS, "B"), ('"B"', THINGS, "B"), ("[B]", THINGS, "B"),
+    ("<b>B</b>", THINGS, "B"), (r"Thus \(\boxed{D}\).", THINGS, "D"), ("### Answer\n\n**C**", THINGS, "C"), ("`D`", THINGS, "D"),
+    ("Ａｎｓｗｅｒ：Ｂ", THINGS, "B"), ("The\u00a0answer\u200b is\u00a0B.", THINGS, "B"), ("Answer → C", THINGS, "C"),
+    # other words
+    ("The correct choice would be C", THINGS, "C"), ("I'd go with option d", THINGS, "D"), ("It must be B", THINGS, "B"),
+    ("C is the right answer.", THINGS, "C"), ("My vote goes to D.", THINGS, "D"), ("So D it is.", THINGS, "D"), ("Therefore, B.", THINGS, "B"),
+    ("I'd say C, because it is paper.", THINGS, "C"), ("正确答案是B。", THINGS, "B"), ("综上所述，选项C是正确的。", THINGS, "C"),
+    # case
+    ("THE ANSWER IS B.", THINGS, "B"), ("the answer is b.", THINGS, "B"), ("b)", THINGS, "B"), ("the answer is a.", THINGS, "A"),
+    ("the answer is a scarf", THINGS, None),
+    # the option's words, no letter
+    ("The answer is a scorpion.", ANIMALS, "C"), ("It's the scorpion", ANIMALS, "C"), ("The answer is water.", ["water", "salt water", "ice", "x"], "A"),
+    ("The answer is salt water.", ["water", "salt water", "ice", "x"], "B"), ("The answer is 14.", ["4", "14", "24", "40"], "B"),
+    ("The answer is 24.5.", ["4", "14", "24", "40"], None), ("The answer is -3.", ["3", "-3", "0", "6"], "B"),
+    # negation, elimination, hedging
+    ("not C", THINGS, None), ("Option A is wrong, so is B. The answer is C.", THINGS, "C"), ("B or C", THINGS, None),
+    ("It's not A, it's B.", THINGS, "B"), ("The answer isn't D.", THINGS, None), ("A and C are both correct.", THINGS, None),
+    ("The answer could be A, but B is also possible.", THINGS, None), ("Probably B.", THINGS, "B"), ("I think it's B, but I'm not sure.", THINGS, "B"),
+    ("At first I thought A, but the answer is C.", THINGS, "C"), ("The answer is A. So A is wrong.", THINGS, None), ("All but D.", THINGS, None),
+    ("A, B and D can be ruled out. That leaves C.", THINGS, "C"), ("The answer is A, B, and C.", THINGS, None),
+    # nothing chosen
+    ("None of these.", THINGS, None), ("None of these.", ["x", "y", "z", "none of these"], "D"), ("I don't know.", THINGS, None),
+    ("A. wood\nB. stone\nC. paper\nD. glass", THINGS, None), ("A. wood\nB. stone\nC. paper\nD. glass\n\nThe answer is stone.", THINGS, "B"),
+    # chains of thought without tags
+    ("A is brittle. Option B (stone) is hard. Option C burns.\nSo the best answer is B.", THINGS, "B"),
+    ("Therefore, among A through D, the answer is C.", THINGS, "C"), ("Wood burns. Stone does not. Paper burns.", THINGS, None),
+], ids=lambda x: None if isinstance(x, list) else x)
+def test_extract_answer_reads_what_a_careful_person_reads(completion, options, letter):
+    assert extract_answer(completion, options) == letter
+
+
+@pytest.mark.parametrize("completion", ["A " * 2000, "A, " * 1500, "A" + " ," * 2000 + "x", "the answer is " * 300, "(" * 4000 + "A", " " * 4000 + "A",
+                                        "<" * 4000, "<think>" * 600, "<answer>" * 600, "is, " * 1000 + "A", "a lizard " * 500], ids=lambda x: x[:8])
+def test_extract_answer_is_quick_on_degenerate_outputs(completion):
+    begin = time.perf_counter()
+    extract_answer(completion, ANIMALS)
+    assert time.perf_counter() - begin < 5
 
 
 def test_extract_answer_does_not_choose_between_equal_options():
