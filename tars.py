@@ -777,10 +777,19 @@ def open_pretrained(load, path, **options):
         raise UserError(f"{path} is no usable model, here or on the hub: {reason}") from error
 
 
-def load_model(kind, path, device="cpu", dtype=None, **options):
+def model_type_of(path, known):
+    """The model_type in a model's config.json. Raises UserError if it is not among the known ones."""
+    model_type = open_pretrained(PretrainedConfig.get_config_dict, path)[0].get("model_type")
+    if model_type not in known:
+        raise UserError(f"{path} is no usable model: it is of the family {model_type}; known are {', '.join(known)}")
+    return model_type
+
+
+def load_model(kind, path, device="cpu", dtype=None, model_types=None, **options):
     """A model of transformers' class `kind`, in bfloat16 or, on the CPU, float32 if no dtype is given. Raises UserError
     unless every tensor is there, of its shape and finite: transformers would fill in random numbers and only warn.
     """
+    model_type_of(path, model_types or [kind.config_class.model_type])
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     model, found = open_pretrained(kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
                                    ignore_mismatched_sizes=True, **options)
@@ -816,7 +825,7 @@ class Qwen25Omni:
     after_user = "<|im_end|>\n<|im_start|>assistant\n"
     before_audio, after_audio = "<|audio_bos|>", "<|audio_eos|>"
     end_of_turn = ("<|im_end|>", "<|endoftext|>")
-    load = staticmethod(partial(load_model, model_class))  # of a full checkpoint the thinker alone
+    load = staticmethod(partial(load_model, model_class, model_types=model_types))  # of a full checkpoint the thinker
 
     @staticmethod
     def placeholders(config):
@@ -851,7 +860,8 @@ class Phi4Multimodal:
         fetch = partial(cached_file, path, revision=revision)
         settings = json.loads(Path(fetch("speech-lora/adapter_config.json")).read_text())
         tensors = load_file(fetch("speech-lora/adapter_model.safetensors"))
-        model = load_model(Phi4Multimodal.model_class, path, revision=revision, **options)
+        options |= {"revision": revision, "model_types": Phi4Multimodal.model_types}
+        model = load_model(Phi4Multimodal.model_class, path, **options)
         for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
             layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
             A, B = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()  # [r, in], [out, r]
@@ -882,12 +892,9 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def family_of(path):
-    """The family of a speech LLM, by config.json, and its number of layers. Raises UserError for an unknown family."""
-    model_type = open_pretrained(PretrainedConfig.get_config_dict, path)[0].get("model_type")
+    """The family of a speech LLM and its number of layers, by config.json. Raises UserError for an unknown family."""
     known = {name: family for family in FAMILIES for name in family.model_types}
-    if model_type not in known:
-        raise UserError(f"{path} is no usable model: it is of the family {model_type}; known are {', '.join(known)}")
-    family = known[model_type]
+    family = known[model_type_of(path, known)]
     revision = family.revision if path == family.repository else "main"
     config = open_pretrained(family.model_class.config_class.from_pretrained, path, revision=revision)
     return family, config.get_text_config().num_hidden_layers
@@ -906,7 +913,7 @@ MARKUP = (  # what a person overlooks, and what is read in its place
     (r"[‘’]", "'"), (r"[–—−]", "-"), (r" *([→⇒]|[=-]+>) *", ": "), ("。", ". "), (r"\\boxed", "\nanswer: "),
     (r"<([A-D])>", r"\1"), (r"</?[A-Za-z\d]+( [^<>]*)?>?|\\\W|\\[a-z]+|[*_`$\"“”„«»#{}|~✅]", " "),
     (r"(?<![A-Za-z])'|'(?![A-Za-z])", " "), (r"(?<=[A-D一-鿿])(?=[一-鿿])|(?<=[一-鿿])(?=[A-D])", " "),
-    (r"[^\S\n]+", " "), (r" ?\n\s*", "\n"), (r"(:|\b(is|be|[Aa]nswer))\n", r"\1 "))
+    (r"[^\S\n]+", " "), (r" ([.,;:!?)])", r"\1"), (r" ?\n\s*", "\n"), (r"(:|\b(is|be|[Aa]nswer))\n", r"\1 "))
 NOUN = (r"(\bans(wers?|\.)|\b(correct|right|best|final|likely|suitable|appropriate|my|chosen|closest) (option|choice|"
         r"letter|one|pick|vote|match)s?|答 案|^(option|choice|letter|selection|pick)(?=:))")
 FILL = (r"( ?\b(most|likely|probably|therefore|then|thus|clearly|definitely|simply|typically|just|still|indeed|only|so|"
@@ -915,9 +922,9 @@ FILL = (r"( ?\b(most|likely|probably|therefore|then|thus|clearly|definitely|simp
 ANNOUNCED = rf"{NOUN}(?!\w)([^.\n]{{0,80}}?(\b(is|are|be|was|to)\b|'s\b|[:=是选为]))?{FILL}"
 FORMS = (  # how a letter is named: what stands before it, what behind it
     ("refused", r"(\b(not|never|nor|neither|wrong|worst|incorrect|except|than|instead of|unlike|without|(all|anything) "
-     r"but|no longer|eliminat\w*|exclud\w*|rul\w* out|reject\w*|doubt that|whether|mistake|thought|think the|going to "
-     r"say|some|many|tempt\w*|if it|(could|may|might) (also )?be)\b|n't\b|[错误])((?!\bbut )[^,])*$|"
-     r"\b(figure|point|key of) $", ""),
+     r"but|no longer|eliminat\w*|exclud\w*|rul\w* out|reject\w*|doubt that|whether|mistake|thought|might think|"
+     r"otherwise|going to say|some|many|tempt\w*|if it|(could|may|might) (also )?be)\b|n't\b|[错误])"
+     r"((?!\bbut )[^,])*$|\b(figure|point|key of|[A-D] (to|through)) $", ""),
     ("refused", "", r" (\w+ )?(is|are|can|could|must|does|would|seems|was)\b(?<!it is)([^.,;\n]{0,30}\b(not|wrong|out|"
      r"also|incorrect|false|unlikely|worst|tempting|if|possible|eliminated|excluded)\b|n't)| (also )?(might|may|could|"
      r"if)\b|.*\b(in the text|actually,? no|can('t|not) decide)\b"),
@@ -949,17 +956,20 @@ def extract_answer(completion, options):
 def chosen_letter(text, options):
     """The letter that is named in the strongest of FORMS, else that of the option whose words are said, else None."""
     text, options = plain(text), {letter: bare(plain(option)) or "\0" for letter, option in zip(LETTERS, options)}
-    if {*re.findall(r"(?:^|: )\W*([A-D])[.):] ", text, re.M)} == {*LETTERS}:  # the options, repeated
-        text = re.sub(r"(^|: )\W*[A-D][.):] .*$", "", text, count=4, flags=re.M).strip()
-    text = beside_options(text, options)
+    listed = re.findall(r"(?:^|: )\W*([A-D])(?:[.):]| -) ", text, re.M)
+    if {*listed} == {*LETTERS}:  # the options, repeated
+        text = re.sub(r"(^|: )\W*[A-D]([.):]| -) .*$", "", text, count=4, flags=re.M).strip()
+    elif re.match(r"\W*[A-D]([.):]| -) ", text) and len(re.findall(r"\b[A-D](?:[.):]| -) ", text)) == 1:
+        text = f"answer: {text}"  # "C. Because ..."
+    marked = beside_options(text, options)
     named = {form: set() for form, *_ in FORMS}
-    for m in re.finditer(JOINED, text, re.M):
+    for m in re.finditer(JOINED, marked, re.M):
         letters = {*re.findall(r"\b[A-D]\b", m[0].upper())}
-        before, behind = text[max(0, m.start() - 200) : m.start()], text[m.end() : m.end() + 200]
+        before, behind = marked[max(0, m.start() - 200) : m.start()], marked[m.end() : m.end() + 200]
         before = re.split(r"[.;!?\n](?=\s|$)", before)[-1].lstrip()  # of this sentence
         form = next((form for form, ahead, after in FORMS if re.search(ahead, before, re.I)
                      and re.match(after, behind, re.I)), "titled" if "✓" in m[0] else None)
-        if not form or (re.match(WORD, behind) and "✓" not in m[0]):
+        if not form or (re.match(WORD, behind) and not re.search(r"✓|\b(option|choice|letter) $", before + m[0])):
             continue
         if form == "refused":  # what was named before is taken back
             named = {form: others - letters for form, others in named.items()}
@@ -968,8 +978,7 @@ def chosen_letter(text, options):
         named[form] |= letters
     strongest = [named["concluded"], named["announced"],
                  *(named[form] - named["refused"] for form in ("stated", "alone", "titled"))]
-    said = said_words(text)
-    letters = next(filter(None, strongest), [letter for letter, option in options.items() if option in said])
+    letters = next(filter(None, strongest), None) or said_options(text, options)
     return [*letters][0] if len(letters) == 1 else None
 
 
@@ -992,26 +1001,31 @@ def beside_options(text, options):
 
     def mark(m):
         letter, option = m["l"] or m["r"], bare(m["right"] or m["left"])
-        article = m["gap"] == " " and letter in "Aa" and option != options["A"]
+        article = m["gap"] == " " and letter in "Aa"
         return m[0] if article else letter + ("✓" if option == options[letter.upper()] else "✗")
 
     return re.sub(
         rf"(?<![\w'.-])(?P<l>[A-D]|[a-d](?=[.):,]))(?P<gap>[\s.):,(\]=-]+)(?P<right>(?i:{words}))"
-        r"(?= ?([.,;:!?)\n\]]|$| (?i:or|and|option|because|since|as|is the)\b))|"
+        r"(?= ?([.,;:!?)(\n\]]|$| (?i:or|and|option|because|since|as|is the)\b))|"
         rf"(?<![\w.-])(?P<left>(?i:{words}))[,:= ]*( [(\[](?i:option |choice )?|: |(?i:, (which is )?option ))"
         r"(?P<r>[A-D])\b",
         mark, text)
 
 
-def said_words(text):
-    """What an answer without a letter says: itself, what follows "the answer is", and the end of its last sentence."""
+def said_options(text, options):
+    """The letters of options whose words are the answer: the whole of it, what follows "the answer is", or, without
+    such an announcement, the only option that its text names at all, in an ending that neither denies nor doubts.
+    """
     says = rf"{NOUN}[^.\n]*?(\b(is|be)\b|[:是])|\b(it|that|this)('s| is| must be)\b|\b(choose|pick|select|go with)\b"
-    parts = [text[m.end():] for m in re.finditer(says, text, re.I)][-1:]
-    parts += [re.split(r",|;|\.(?:\s|$)|\n| because | since ", part.strip(" :\n"))[0] for part in parts]
-    ending = re.split(r"[.!?]\s|\n", text)[-1]
-    if not re.search(r"\b(or|not|might)\b|n't", ending):
-        parts += re.split(r"\b(?:is|are|be|was|were|called)\b", ending)[-1:]
-    return {bare(part) for part in (text, *parts)}
+    announced = [text[m.end():].strip(" :\n") for m in re.finditer(says, text, re.I)][-1:]
+    announced += [re.split(r",|;|\.(?:\s|$)|\n| because | since ", part)[0] for part in announced]
+    said = {bare(part) for part in (text, *announced)}
+    ending = bare(re.split(r"(?<=[.!?])\s|\n", text)[-1])
+    if not announced and not re.search(r"\b(or|not|no|nor|might|if|except|than|but)\b|n't|\?", ending):
+        words = "|".join(re.escape(option) for option in sorted(options.values(), key=len, reverse=True))
+        named = {m[0].lower() for m in re.finditer(rf"(?<![\w.-])({words})(?!\w|[.-]\w)", text, re.I)}
+        said |= {option for option in named if len(named) == 1 and option in ending}
+    return [letter for letter, option in options.items() if option in said]
 
 
 def extract_answers(questions, completions):

@@ -1801,6 +1801,26 @@ def test_two_processes_make_the_same_first_update_as_one(small_demo, tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
 
 
+def test_more_processes_than_gpus_is_said(monkeypatch):
+    monkeypatch.setattr(tars, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(tars.UserError, match="more processes than GPUs.*--nproc_per_node=2"):
+        tars.join_processes()
+
+
+def test_numbers_are_averaged_over_processes_but_memory_is_the_largest(monkeypatch):
+    """Two processes: the other one has 3 where this has 1, and a peak of 7 GiB where this has 2."""
+    other = torch.tensor([3.0, 7.0], dtype=torch.float64)
+
+    def all_reduce(x, operation):
+        x.copy_(x + other if operation == tars.dist.ReduceOp.SUM else torch.maximum(x, other[-1].to(x.dtype)))
+
+    monkeypatch.setattr(tars, "RANKS", 2)
+    monkeypatch.setattr(tars.dist, "all_reduce", all_reduce)
+    assert tars.mean_over_ranks({"acc": 1.0, "peak_gib": 2.0}) == {"acc": 2.0, "peak_gib": 7.0}
+
+
 @slow
 def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
     flags = long_flags(small_demo, tmp_path / "whole")
@@ -2145,35 +2165,118 @@ def test_blanks_are_said_as_words():
     assert data_prep.without_blanks("A __ and a ___ meet") == "A first blank and a second blank meet"
 
 
-def test_voice_and_listener_run_on_tiny_models(tmp_path):
+@pytest.fixture(scope="session")
+def helpers(tmp_path_factory):
+    """Tiny random helper models in the hub's layout: a voice, a listener, a sentence embedder, an xFinder."""
+    out = tmp_path_factory.mktemp("helpers")
     torch.manual_seed(0)
-    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate("_' abcdefghijklmnopqrstuvwxyz")}))
+    (out / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate("_' abcdefghijklmnopqrstuvwxyz")}))
     voice = VitsConfig(vocab_size=29, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, flow_size=16, spectrogram_bins=17,
                        prior_encoder_num_flows=2, upsample_initial_channel=16, upsample_rates=[8, 8], upsample_kernel_sizes=[16, 16],
                        resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], posterior_encoder_num_wavenet_layers=1,
                        prior_encoder_num_wavenet_layers=1, wavenet_dilation_rate=1, duration_predictor_num_flows=1, depth_separable_num_layers=1)
-    VitsModel(voice).save_pretrained(tmp_path / "voice")
-    VitsTokenizer(str(tmp_path / "vocab.json"), pad_token="_", phonemize=False).save_pretrained(tmp_path / "voice")
-    voice = data_prep.Voice(str(tmp_path / "voice"), "cpu")
+    VitsModel(voice).save_pretrained(out / "voice")
+    VitsTokenizer(str(out / "vocab.json"), pad_token="_", phonemize=False).save_pretrained(out / "voice")
+    tokenizer = evaluation.byte_tokenizer(Phi4Multimodal)  # 256 bytes and 5 control tokens; above them stand timestamps
+    config = WhisperConfig(vocab_size=1800, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                           encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=40, pad_token_id=258, bos_token_id=258,
+                           eos_token_id=258, decoder_start_token_id=259)
+    for piece in (WhisperForConditionalGeneration(config), tokenizer, WhisperFeatureExtractor()):
+        piece.save_pretrained(out / "listener")
+    settings = {"no_timestamps_token_id": 298, "is_multilingual": False, "max_length": 20, "max_initial_timestamp_index": 50,
+                "decoder_start_token_id": 259, "eos_token_id": 258, "pad_token_id": 258, "bos_token_id": 258, "return_timestamps": False}
+    (out / "listener" / "generation_config.json").write_text(json.dumps(settings))
+    tokenizer = evaluation.byte_tokenizer(Qwen25Omni)
+    tokenizer.pad_token = "<|endoftext|>"
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    for piece in (Qwen2ForCausalLM(Qwen2Config(**sizes)), tokenizer):
+        piece.save_pretrained(out / "xfinder")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))])
+    for piece in (Qwen3Model(Qwen3Config(**sizes, head_dim=8)), tokenizer):
+        piece.save_pretrained(out / "embedder")
+    return out
+
+
+KINDS = {"voice": (data_prep.Voice, "--tts"), "listener": (data_prep.Listener, "--cascade"), "xfinder": (tars.XFinder, "--extractor"),
+         "embedder": (SentenceEmbedder, "--embedder")}
+
+
+@pytest.mark.parametrize("wanted", KINDS)
+@pytest.mark.parametrize("given", KINDS)
+def test_helper_of_another_kind_is_refused_in_one_line(helpers, wanted, given):
+    kind, flag = KINDS[wanted]
+    if wanted == given:
+        return tars.load_helper(kind, flag, str(helpers / given), "cpu")
+    with pytest.raises(tars.UserError, match=f"^{flag} {re.escape(str(helpers / given))} is no ") as error:
+        tars.load_helper(kind, flag, str(helpers / given), "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_helper_that_lacks_a_tensor_is_refused(helpers, tmp_path, name):
+    shutil.copytree(helpers / name, path := tmp_path / name)
+    tensors = load_file(path / "model.safetensors")
+    lost = sorted(tensors)[len(tensors) // 2]
+    tars.save_file({k: v for k, v in tensors.items() if k != lost}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(tars.UserError, match="no whole .* 1 tensors"):
+        tars.load_helper(*KINDS[name], str(path), "cpu")
+
+
+def test_helpers_on_the_cpu_are_float32_whatever_their_files_and_the_main_model_have(helpers, tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "DTYPE", torch.bfloat16)
+    for name, (kind, flag) in KINDS.items():
+        shutil.copytree(helpers / name, path := tmp_path / name)
+        tensors = load_file(path / "model.safetensors")
+        tars.save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+        helper = tars.load_helper(kind, flag, str(path), "cpu")
+        assert {p.dtype for p in helper.model.parameters()} == {torch.float32}
+        if name == "listener":
+            assert isinstance(helper.transcribe(torch.zeros(16_000)), str)
+        if name == "embedder":
+            assert helper.embed(["a", "b c"]).shape == (2, 16)
+
+
+def test_listener_runs_in_half_precision_too(helpers):
+    listener = data_prep.Listener(str(helpers / "listener"), "cpu")
+    listener.model.to(torch.bfloat16)
+    assert isinstance(listener.transcribe(torch.zeros(16_000)), str)
+
+
+def test_multilingual_listener_is_told_that_clips_are_english(helpers, tmp_path):
+    shutil.copytree(helpers / "listener", path := tmp_path / "listener")
+    settings = json.loads((path / "generation_config.json").read_text())
+    more = {"is_multilingual": True, "lang_to_id": {"<|en|>": 260, "<|fr|>": 261}, "task_to_id": {"transcribe": 262, "translate": 263}}
+    (path / "generation_config.json").write_text(json.dumps(settings | more))
+    told = []
+    for place, language in ((path, {"language": "en", "task": "transcribe"}), (helpers / "listener", {})):
+        listener = data_prep.Listener(str(place), "cpu")
+        generate = listener.model.generate
+        listener.model.generate = lambda **inputs: told.append(inputs) or generate(**inputs)
+        listener.transcribe(torch.zeros(16_000))
+        assert {k: v for k, v in told[-1].items() if k in ("language", "task")} == language
+
+
+def test_embedder_keeps_no_cache(helpers):
+    embedder = SentenceEmbedder(str(helpers / "embedder"), "cpu")
+    outputs = []
+    embedder.model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    embedder.embed(["a", "b"])
+    assert outputs[0].past_key_values is None
+
+
+def test_voice_and_listener_run_on_tiny_models(helpers):
+    voice = data_prep.Voice(str(helpers / "voice"), "cpu")
     first, again, other = (voice.speak("Who? 7", seed) for seed in ((0, 1, 0), (0, 1, 0), (0, 1, 1)))
     assert first.ndim == 1 and torch.equal(first, again) and (first.shape != other.shape or not torch.equal(first, other))
     letters = [len(voice.tokenizer(data_prep.spell_out(text)).input_ids) for text in ("who seven", "Who? 7")]
     assert letters[0] == letters[1] == 2 * len("who seven") + 1  # nothing is dropped silently
 
 
-def test_listener_hears_short_and_long_clips(tmp_path):
-    tokenizer = evaluation.byte_tokenizer(Phi4Multimodal)  # 256 bytes and 5 control tokens; above them stand timestamps
-    torch.manual_seed(0)
-    config = WhisperConfig(vocab_size=1800, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-                           encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=40, pad_token_id=258, bos_token_id=258,
-                           eos_token_id=258, decoder_start_token_id=259)
-    model = WhisperForConditionalGeneration(config)
-    for piece in (model, tokenizer, WhisperFeatureExtractor()):
-        piece.save_pretrained(tmp_path)
-    settings = {"no_timestamps_token_id": 298, "is_multilingual": False, "max_length": 20, "max_initial_timestamp_index": 50,
-                "decoder_start_token_id": 259, "eos_token_id": 258, "pad_token_id": 258, "bos_token_id": 258, "return_timestamps": False}
-    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    listener, heard = data_prep.Listener(str(tmp_path), "cpu"), []
+def test_listener_hears_short_and_long_clips(helpers):
+    listener, heard = data_prep.Listener(str(helpers / "listener"), "cpu"), []
     generate = listener.model.generate
     listener.model.generate = lambda **inputs: heard.append(inputs) or generate(**inputs)
     assert all(isinstance(listener.transcribe(torch.zeros(seconds * 16_000)), str) for seconds in (1, 30, 35))
@@ -2257,6 +2360,81 @@ def test_cascade_answers_what_was_heard(lm, questions, monkeypatch):
     expected = lm.model.generate(inputs_embeds=lm.embed_tokens(prompt), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
                                  attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=placeholders(lm))
     assert batches[1][0]["completion"] == lm.tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+def test_transcript_is_scored_without_tags_and_thought():
+    for output in ("five minus one", "<think>hm, five</think><answer>five minus one</answer>", "<answer>five minus one</answer>",
+                   "<think>one</think>\nfive minus one"):
+        assert evaluation.transcript(output) == "five minus one"
+
+
+def test_asr_asks_under_a_neutral_system_text(checkpoint, small_demo, tmp_path, monkeypatch, capsys):
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    config |= {"vocab_size": 600} if "vocab_size" in config else {"text_config": config["text_config"] | {"vocab_size": 600}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1}))
+    lm = evaluation.with_random_weights(str(tmp_path))
+    asked, questions = [], load_questions(small_demo / "val")
+    monkeypatch.setattr(lm, "rollout", lambda prompts, *args, **kwargs: asked.extend(prompts) or ("ids", "mask", "cut"))
+    perfect = [f"<think>x</think><answer>{q['prompt_for_tts']}</answer>" for q in questions]
+    monkeypatch.setattr(lm, "detokenize", lambda ids, mask: perfect)
+    monkeypatch.setattr(SpeechLM, "from_pretrained", lambda path: lm)
+    printed = measure(capsys, "--asr", "--model", small_demo / "model", "--data", small_demo / "val", "--eval-batch", 8)
+    assert printed.splitlines()[-1].split() == ["base", "0.0", "+-", "0.0"]  # a perfect transcript, tags and all
+    system = lm.embed_text(lm.family.before_user.replace(tars.SYSTEM_PROMPT, "You are a helpful assistant."), special=True)
+    assert len(asked) == 8 and torch.equal(asked[0][0][: len(system)], system)
+    request = torch.cat([lm.embed_text("Transcribe the audio clip into text."), lm.embed_text(lm.family.after_user, special=True)])
+    assert torch.equal(asked[0][0][-len(request) :], request)
+
+
+def test_ask_answers_a_clip_or_a_written_question(small_demo, small_run, tmp_path, capsys):
+    adapter, question = small_run[0] / "a", load_questions(small_demo / "test")[0]
+    (tmp_path / "clip.wav").write_bytes(question["audio"]["bytes"])
+    lm = SpeechLM.from_pretrained(str(small_demo / "model"))
+    cfg = Config(max_new_tokens=26)
+    for name in ("base", adapter):
+        if name != "base":
+            evaluation.load_adapter(lm, adapter)
+        expected = [r["completion"] for batch in tars.answer_greedily(lm, [question], tars.extract_answers, cfg) for r in batch]
+        for asked, completion in zip((tmp_path / "clip.wav", written_question(question)), expected):
+            printed = measure(capsys, "--model", small_demo / "model", "--adapter", adapter, "--ask", asked)
+            assert next(line for line in printed.splitlines() if line.startswith(f"{name}: ")).removeprefix(f"{name}: ").startswith(completion)
+
+
+def test_agreement_of_the_extractors_on_kept_answers(helpers, small_demo, tmp_path, capsys, monkeypatch):
+    question = load_questions(small_demo / "val")[0]
+    records = [{"key": question["key"], "modality": "text", "completion": f"The answer is {x}.", "answer": x} for x in ("A", "B", "C", "so")]
+    lines = [{"model": "M", "data": "val"}, *records]
+    (tmp_path / "base-val-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # A both ways; B against D; C against none; none both ways: 2 agree
+    monkeypatch.setattr(tars.XFinder, "__call__", lambda self, questions, completions: ["A", "D", None, None])
+    flags = ("--model", small_demo / "model", "--data", small_demo / "val", "--out", tmp_path, "--agree", helpers / "xfinder")
+    assert measure(capsys, *flags).splitlines()[-1].split() == ["base-val-0", "4", "2", "1", "2", "1"]
+    with pytest.raises(tars.UserError, match="keeps no answers to test"):
+        measure(capsys, *flags, "--data", small_demo / "test")
+
+
+def test_readmes_lines_use_an_adapter_with_transformers_and_peft_alone(small_demo, small_run, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed; it is needed for this test alone")
+    code = re.search(r"<!-- use what was trained -->\n```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    assert tars.SYSTEM_PROMPT in code and "tars" not in "".join(re.findall("import.*", code))
+    question = load_questions(small_demo / "test")[0]
+    (tmp_path / "clip.wav").write_bytes(question["audio"]["bytes"])
+    places = {"Qwen/Qwen2.5-Omni-7B": small_demo / "model", '"runs/tars"': f'"{small_run[0] / "a"}"', "clip.wav": tmp_path / "clip.wav",
+              "runs/merged": tmp_path / "merged", "max_new_tokens=1024": "max_new_tokens=26",
+              r"Which is heaviest?\n\nOption A: iron\nOption B: gold\nOption C: wood\nOption D: ice": written_question(question).replace("\n", "\\n")}
+    for place, here in places.items():
+        assert code.count(place) == 1
+        code = code.replace(place, str(here))
+    printed = run("-c", code).splitlines()
+    lm = SpeechLM.from_pretrained(str(small_demo / "model"))
+    evaluation.load_adapter(lm, small_run[0] / "a")
+    expected = [r["completion"] for batch in tars.answer_greedily(lm, [question], tars.extract_answers, Config(max_new_tokens=26)) for r in batch]
+    assert printed[-2:] == expected
+    merged = SpeechLM.from_pretrained(str(tmp_path / "merged"))
+    ids = torch.arange(2 * 2 * 5).view(1, 2, 2, 5) % 20 + 8
+    with torch.no_grad():
+        torch.testing.assert_close(forward(merged, [question], ids, torch.ones_like(ids))[0], forward(lm, [question], ids, torch.ones_like(ids))[0],
+                                   atol=1e-4, rtol=0)
 
 
 def test_cosine_per_layer_against_a_float64_loop():
