@@ -602,6 +602,9 @@ def random_weights(args):
     questions = [{"key": f"noise-{i}", "question": "word " * int(3 * args.audio_seconds), "options": list(LETTERS),
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
     optimizer, generator = make_trainable(lm, cfg)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    print(f"{len(lm.decoder.layers)} layers in {str(DTYPE).removeprefix('torch.')} on the {device}: {len(questions)} "
+          f"questions, clips of {args.audio_seconds:g} s, {cfg.group_size} answers of {cfg.max_new_tokens} tokens each")
     for step in range(2):
         metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
         phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}

@@ -646,28 +646,27 @@ def train(lm, questions, eval_questions, embedder, extract, cfg, last, state):
     order, steps = data_order(len(questions), cfg)
     step = load_checkpoint(last, optimizer) if last else 0
     log, samples = (open_log(out / name, state["sizes"].get(name, 0)) for name in ("log.jsonl", "samples.jsonl"))
-    metrics, changed, saved, signals, skipped = state["metrics"], state["changed"], -math.inf, [], 0
+    metrics, changed, signals, saved, skipped = state["metrics"], state["changed"], [], -math.inf, 0
     bar = tqdm(desc="TARS", unit="step", initial=step, total=steps, disable=RANK > 0)
     while True:
-        # After a step, and before the first: checkpoint, evaluate, log. A resumed run begins here.
+        # What follows a step, and precedes the first: checkpoint, evaluation, log. A resumed run begins here.
         evaluates = step == steps or (step and cfg.eval_every and step % cfg.eval_every == 0)
         stop = metrics.pop("stop", 0) > 0 and step < steps
         if stop or evaluates or time.perf_counter() - saved >= cfg.save_every:
-            state |= {"metrics": metrics, "changed": {}, "sizes": {Path(f.name).name: f.tell() for f in (log, samples)}}
-            save_checkpoint(optimizer, step, state, cfg)
+            save_checkpoint(optimizer, step, state | {"metrics": metrics}, (log, samples), cfg)
             saved = time.perf_counter()
         if evaluates and not stop:
             on_signals(signal.default_int_handler)  # the checkpoint is there: an evaluation may end at once
             accuracy = evaluate(lm, eval_questions, extract, cfg)
-            metrics = metrics | {f"eval_{m}": accuracy[m] for m in MODALITIES}
+            metrics |= {f"eval_{m}": accuracy[m] for m in MODALITIES}
         if step:
             write_line(log, metrics)
         if stop:
             raise KeyboardInterrupt(f"stopped after step {step} of {steps}")
         skipped = skipped + 1 if metrics.get("skipped") else 0
         if skipped == 10:
-            raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: "
-                            f"look at loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+            raise UserError("ten steps in a row without a finite loss and gradient, none of which was applied: look at "
+                            f"loss, grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
         if step == steps:
             break
         step += 1
@@ -675,20 +674,17 @@ def train(lm, questions, eval_questions, embedder, extract, cfg, last, state):
         start = time.perf_counter()
         batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
-        # Seeded anew for each step and process: a resumed run draws what it would have drawn.
+        # A seed for each step and process: a resumed run draws what it would have drawn.
         generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0]))
         metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds, "lr": lr,
                     "peak_gib": peak_memory(lm.device), "stop": len(signals)}
         metrics, changed = {"step": step} | mean_over_ranks(metrics) | changed, {}
-        bar.update()
-        bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
-                                       for m in MODALITIES))
+        show_step(bar, metrics)
         if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
             write_line(samples, {"step": step, **group})
             tqdm.write(show_group(step, group))
-    bar.close()
     if RANK == 0:
         save_adapter(lm, out, cfg)
     return accuracy
@@ -1156,6 +1152,13 @@ def first_group(question, completions, terms, references):
     return group
 
 
+def show_step(bar, metrics):
+    """Move the progress bar on by a step, with its rewards and accuracies."""
+    bar.update()
+    bar.set_postfix_str(" | ".join(f"{m} R {metrics[f'reward_{m}']:.2f} acc {metrics[f'acc_{m}']:.2f}"
+                                   for m in MODALITIES))
+
+
 def show_group(step, group):
     """The first spoken answer of a group and its reference, each above its rewards, for the terminal."""
     spoken = group["speech"][0]
@@ -1231,18 +1234,20 @@ def note_signal(signals, number, frame):
         os.write(2, b"\nstopping when this step is done and saved; a second signal stops at once and loses it\n")
 
 
-def save_checkpoint(optimizer, step, state, cfg):
-    """Write trained weights, AdamW's state and `state` after `step`, in rank 0; keep the last two checkpoints."""
+def save_checkpoint(optimizer, step, state, logs, cfg):
+    """Write trained weights, AdamW's state, `state` and sizes of logs after `step`, in rank 0; keep the last two."""
     if RANK:
         return
     tensors = {}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"trained.{i}": p.detach()} | {f"adamw.{i}.{key}": x for key, x in optimizer.state[p].items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"tars": json.dumps(state | {"config": asdict(cfg) | {"ranks": RANKS}})}
+    sizes = {Path(log.name).name: log.tell() for log in logs}
+    state = state | {"sizes": sizes, "config": asdict(cfg) | {"ranks": RANKS}}
     folder = Path(cfg.out) / "checkpoints"
     folder.mkdir(exist_ok=True)
-    write_aside(folder / f"step-{step:07}.safetensors", lambda path: save_file(tensors, path, metadata))
+    write_aside(folder / f"step-{step:07}.safetensors",
+                lambda path: save_file(tensors, path, {"tars": json.dumps(state)}))
     for old in checkpoints(cfg)[:-2]:
         old.unlink()
 
@@ -1273,10 +1278,10 @@ def find_checkpoint(cfg):
     free = FREE | {"max_new_tokens"} & cfg.given  # of those that move numbers one alone, and only if it is asked for
     if other := changed.keys() - free:
         raise UserError(f"--resume: {found[-1]} was made with another {', '.join(sorted(other))}: give the same ones")
-    if changed := ", ".join(f"{k} {v}" for k, v in changed.items() if k not in ("out", "resume")):
+    changed = ", ".join(f"{k} {v}" for k, v in changed.items() if k not in ("out", "resume"))
+    if changed:
         print(f"--resume with {changed}")
-        state["changed"] = {"resumed_with": changed}
-    return found[-1], state
+    return found[-1], state | {"changed": {"resumed_with": changed} if changed else {}}
 
 
 def load_checkpoint(path, optimizer):
