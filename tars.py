@@ -916,7 +916,7 @@ FILL = (r"( ?\b(most|likely|probably|therefore|then|thus|clearly|definitely|simp
         r"actually|as|hence|yes|option|choice|letter|answer|the|to|be|that|follow\w+|in fact|of course)\b| ?[:,(\n-]|"
         r" 选 项|就|应 该)* ?$")
 ANNOUNCED = rf"{NOUN}(?!\w)([^.\n]{{0,80}}?(\b(is|are|be|was|to)\b|'s\b|[:=是选为]))?{FILL}"
-FORMS = (  # how a letter is named: what stands before it, what behind it
+FORMS = (  # how a letter is named, the strongest form first: what stands before it, what behind it
     ("refused", r"(\b(not|never|nor|neither|wrong|worst|incorrect|except|than|instead of|unlike|without|(all|anything) "
      r"but|no longer|eliminat\w*|exclud\w*|rul\w* out|reject\w*|doubt that|whether|mistake|thought|might think|"
      r"otherwise|going to say|some|many|tempt\w*|if it|(could|may|might) (also )?be)\b|n't\b|[错误])"
@@ -971,10 +971,9 @@ def chosen_letter(text, options):
             named = {form: others - letters for form, others in named.items()}
         elif "✗" in m[0]:  # "B, glass" where glass is D
             return None
-        named[form] |= letters
-    strongest = [named["concluded"], named["announced"],
-                 *(named[form] - named["refused"] for form in ("stated", "alone", "titled"))]
-    letters = next(filter(None, strongest), None) or said_options(text, options)
+        else:
+            named[form] |= letters
+    letters = next(filter(None, named.values()), None) or said_options(text, options)
     return [*letters][0] if len(letters) == 1 else None
 
 
