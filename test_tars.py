@@ -1359,7 +1359,7 @@ THINGS = ["wood", "stone", "paper", "glass"]
     # a letter that is a word
     ("The answer is A red herring", THINGS, None), ("A cat is an animal.", THINGS, None), ("The key is C major.", THINGS, None),
     ("The answer is A red herring.", ["red herring", "x", "y", "z"], "A"), ("The answer is vitamin C.", ["vitamin C", "iron", "zinc", "x"], "A"),
-    ("Figure A shows the lungs.", ["heart", "liver", "skin", "bone"], None), ("It is the capital of Chile.", ["Peru", "Chile", "Brazil", "Cuba"], "B"),
+    ("Figure A shows the lungs.", ["heart", "liver", "skin", "bone"], None), ("Santiago is the capital of Chile.", ["Peru", "Chile", "Brazil", "Cuba"], "B"),
     # letter and its option
     ("C. a scorpion", ANIMALS, "C"), ("(B) stone", THINGS, "B"), ("B: stone", THINGS, "B"), ("The answer is C, the scorpion.", ANIMALS, "C"),
     ("It is a scorpion (C).", ANIMALS, "C"), ("10 + 4 = 14 (B)", ["4", "14", "24", "40"], "B"),
