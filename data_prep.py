@@ -645,8 +645,8 @@ class Voice:
     """Text to speech with a VITS model such as facebook/mms-tts-eng."""
 
     def __init__(self, name, device):
-        self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
         self.model = load_model(VitsModel, name, device, torch.float32)  # too fine for bfloat16, and small
+        self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
 
     @torch.no_grad()
     def speak(self, text, seed):
@@ -664,9 +664,9 @@ class Listener:
     """Speech to text with Whisper."""
 
     def __init__(self, name, device):
+        self.model = load_model(WhisperForConditionalGeneration, name, device)
         self.feature_extractor = open_pretrained(WhisperFeatureExtractor.from_pretrained, name)
         self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
-        self.model = load_model(WhisperForConditionalGeneration, name, device)
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
         self.language = {"language": "en", "task": "transcribe"} if multilingual else {}
 

@@ -1038,8 +1038,8 @@ class XFinder:
     )
 
     def __init__(self, name, device):
-        self.tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, name, padding_side="left")
         self.model = load_model(Qwen2ForCausalLM, name, device)
+        self.tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, name, padding_side="left")
 
     @torch.no_grad()
     def __call__(self, questions, completions):
@@ -1078,10 +1078,10 @@ class SentenceEmbedder:
     """E of the paper, Qwen3-Embedding: the last token's state, left padding, documents take no instruction."""
 
     def __init__(self, name, device):
+        self.model = load_model(Qwen3Model, name, device)
         self.tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, name, padding_side="left")
         if self.tokenizer("").input_ids != [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]:
             raise UserError(f"{name} is no Qwen3-Embedding: its tokenizer does not end a text with <|endoftext|>")
-        self.model = load_model(Qwen3Model, name, device)
 
     @torch.no_grad()
     def embed(self, texts):
