@@ -5,6 +5,7 @@
   mmlu              the same made here: cais/mmlu, spoken by facebook/mms-tts-eng, checked by Whisper
   voicebench-mmsu   the paper's first evaluation set
   voicebench-obqa   its second
+  csv               one's own questions: columns question, A, B, C, D, answer (a letter), and wav if they are recorded
 
 Every source writes `datasets` directories with the columns key, question, options, answer_index, prompt_for_tts and
 audio (16 kHz mono WAV bytes), and where they are known tts_wer and category; tars.py and eval.py read them with
@@ -14,6 +15,7 @@ Imports: this file imports tars.py; eval.py imports this file.
 """
 
 import argparse
+import csv
 import io
 import json
 import math
@@ -43,6 +45,7 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from tars import (
     COLUMNS,
@@ -61,6 +64,7 @@ from tars import (
     open_pretrained,
     read_clip,
     run,
+    write_aside,
     write_json,
     written_question,
 )
@@ -434,51 +438,59 @@ def demo(args):
 # 5. Real questions: one function a source, which converts a row
 # ======================================================================================================================
 class Lost(Exception):
-    """A row that is left out. The message is the reason; rows are counted by it."""
+    """A row that is left out. Rows are counted by the reason; what was found is shown with the row's key."""
+
+    def __init__(self, reason, found=""):
+        super().__init__(f"{reason} ({found})" if found else reason)
+        self.reason = reason
 
 
-def four(options):
-    """The options as a list. Raises Lost unless there are four and none is empty."""
-    options = [str(option).strip() for option in options]
-    if len(options) != 4:
-        raise Lost("other than four options")
-    if not all(options):
-        raise Lost("an empty option")
-    return options
+def text(cell, what):
+    """A cell that must hold text, stripped. Raises Lost if it is empty, or holds something else."""
+    if cell is None or (isinstance(cell, str) and not cell.strip("\u200b\ufeff \t\r\n\u00a0")):
+        raise Lost(f"an empty {what}")
+    if not isinstance(cell, str):
+        raise Lost(f"{what} that is no text", repr(cell))
+    return cell.strip()
 
 
-def checked(question, options, answer_index, prompt):
-    """The text columns of a row. Raises Lost unless it is a question with four options and an answer."""
-    if not question.strip():
-        raise Lost("an empty question")
-    options = four(options)
-    if answer_index not in range(4):
-        raise Lost("the answer is none of the options")
-    return {"question": question.strip(), "options": options, "answer_index": answer_index, "prompt_for_tts": prompt}
+def checked(question, options, answer, prompt):
+    """The text columns of a row. Raises Lost unless it is a question with four options and an answer.
+    answer: an index from 0 to 3, or a letter as people write it: B, b, "B.", "(B)".
+    """
+    if not isinstance(options, list) or len(options) != 4:
+        raise Lost("other than four options", repr(options))
+    letter = re.fullmatch(r"\W*([A-Da-d])\W*", answer) if isinstance(answer, str) else None
+    index = LETTERS.index(letter[1].upper()) if letter else answer
+    if type(index) is not int or index not in range(4):  # neither True nor 1.0 is an index
+        raise Lost("the answer is none of the options", repr(answer))
+    return {"question": text(question, "question"), "options": [text(option, "option") for option in options],
+            "answer_index": index, "prompt_for_tts": prompt}
 
 
 def decode_clip(data, key="clip"):
-    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1. All but PCM WAV needs torchcodec, FFmpeg.
+    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1. All but 16-bit WAV is read by soundfile.
     Raises ClipError if it cannot be decoded, has NaN, or lasts less than 0.1 s or more than 300 s, the encoders' limit.
     """
     try:
         with wave.open(io.BytesIO(data)) as clip:
-            rate, width, channels = clip.getframerate(), clip.getsampwidth(), clip.getnchannels()
-            frames = np.frombuffer(clip.readframes(clip.getnframes()), np.uint8).reshape(-1, channels, width)
-        if width == 1:  # 8-bit WAV is unsigned, silence at 128
-            samples = (frames[..., 0].astype(np.float32) - 128) / 128
-        else:  # left-align the little-endian bytes in 32 bits: one scale for 16, 24 and 32 bit
-            padded = np.concatenate([np.zeros((*frames.shape[:2], 4 - width), np.uint8), frames], axis=-1)
-            samples = padded.view("<i4")[..., 0].astype(np.float32) / 2**31
-        waveform = torch.from_numpy(samples).mean(-1)  # [T]
-    except (wave.Error, EOFError):
+            rate, channels, frames = clip.getframerate(), clip.getnchannels(), clip.readframes(clip.getnframes())
+            plain = clip.getsampwidth() == 2
+        samples = np.frombuffer(frames, "<i2").reshape(-1, channels).astype(np.float32) / 2**15 if plain else None
+    except Exception:  # no PCM WAV, or a header that lies
+        samples = None
+    if samples is None:
         try:
-            waveform, rate = torchaudio.load(io.BytesIO(data))  # [channels, T]
-            waveform = waveform.mean(0)
-        except Exception as error:  # torchaudio raises whatever its back end raises
-            advice = ("; it is no PCM WAV, and torchaudio cannot decode it: if it is no broken file, "
-                      f"`pip install torchcodec` and install FFmpeg ({type(error).__name__})")
-            raise ClipError(key, "an unreadable clip", advice) from error
+            import soundfile
+        except ImportError as error:
+            raise UserError(f"{key} is no 16-bit WAV: reading it needs soundfile, pip install soundfile") from error
+        try:
+            samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [T, channels]
+        except Exception as error:
+            raise ClipError(key, "an unreadable clip", f" ({str(error).splitlines()[0]})") from error
+    if not 4_000 <= rate <= 400_000:
+        raise ClipError(key, "an unreadable clip", f" (a rate of {rate} Hz)")
+    waveform = torch.from_numpy(samples).mean(-1)  # [T]
     if not waveform.isfinite().all():
         raise ClipError(key, "a clip with NaN samples")
     if not 0.1 <= len(waveform) / rate <= 300:
@@ -489,12 +501,14 @@ def decode_clip(data, key="clip"):
 
 def clean_clip(audio, key, max_seconds):
     """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost if it is unreadable, silent, too short or too long."""
+    if not audio or not (audio["bytes"] or audio["path"]):
+        raise Lost("no clip")
     try:
-        waveform = decode_clip(audio["bytes"] or Path(audio["path"] or "").read_bytes(), key)
+        waveform = decode_clip(audio["bytes"] or Path(audio["path"]).read_bytes(), key)
     except ClipError as error:
         raise Lost(error.reason) from error
     except OSError as error:
-        raise Lost("an unreadable clip") from error
+        raise Lost("an unreadable clip", audio["path"]) from error
     if waveform.abs().max() < 1e-3:  # 60 dB below full scale
         raise Lost("a silent clip")
     if len(waveform) > max_seconds * SAMPLE_RATE:
@@ -504,141 +518,251 @@ def clean_clip(audio, key, max_seconds):
 
 def from_tars(index, row, args):
     """A row of the authors' training set: same column names, the clip is converted."""
-    ours = checked(row["question"], row["options"], row["answer_index"], row["prompt_for_tts"])
-    extra = {"tts_wer": float(row["tts_wer"])} if row.get("tts_wer") is not None else {}
-    return ours | extra | {"audio": clean_clip(row["audio"], row["key"], args.max_seconds)}
+    ours = checked(row["question"], row["options"], row["answer_index"], text(row["prompt_for_tts"], "prompt"))
+    wer = row.get("tts_wer")
+    ours["tts_wer"] = float(wer) if isinstance(wer, (int, float)) else None  # "n/a" is unknown too
+    return ours | {"audio": clean_clip(row["audio"], row["key"], args.max_seconds)}
 
 
-INSTRUCTION = r"\n\s*\n|\nWhat is the answer to the above multiple choice question"  # a paragraph of its own
+# What VoiceBench asks after the options, and how a line opens an option: "A. ", "A.", "A) ", "(A) ", "Option A: ".
+INSTRUCTION = re.compile(r"\s*^What is the answer to the above multiple choice question.*", re.MULTILINE | re.DOTALL)
+OPENING = re.compile(r"^[^\S\n]*(?:Option\s+([A-E])\s?[:.)]|\(([A-E])\)|([A-E])[.):])(?![A-Z]\.)[^\S\n]*", re.M | re.I)
 
 
 def parse_prompt(prompt):
     """A VoiceBench prompt -> question and options. All of them may wrap over lines.
-
-    Raises Lost where the lines that open an option are not A, B, C and D in this order: nothing is cut silently.
+    The options are the last lines that open with A, B, C and D in this order; the question itself may have such lines.
+    Raises Lost where there are none, or where option D does not end clearly.
     """
-    openings = list(re.finditer(r"^[ \t]*([A-Z])\.[ \t]+", prompt, re.MULTILINE))
-    letters = "".join(opening[1] for opening in openings)
-    if letters != LETTERS:
-        other = letters in ("AB", "ABC", "ABCDE", "ABCDEF")
-        raise Lost("other than four options" if other else "options not recognised")
-    ends = [opening.start() for opening in openings[1:]] + [len(prompt)]
-    options = [prompt[opening.end() : end] for opening, end in zip(openings, ends)]
-    options[3], *instruction = re.split(INSTRUCTION, options[3], maxsplit=1)
-    if not instruction and "\n" in options[3].strip():
-        raise Lost("no telling where option D ends")
-    question, *options = (" ".join(text.split()) for text in (prompt[: openings[0].start()], *options))
+    told = INSTRUCTION.search(prompt)
+    body = prompt[: told.start()] if told else prompt
+    openings = list(OPENING.finditer(body))
+    letters = "".join(next(filter(None, opening.groups())).upper() for opening in openings)
+    first = letters.rfind(LETTERS)
+    if first < 0 or letters[first + 4 :]:
+        raise Lost("other than four options" if re.search("AB$|ABC$|ABCDE", letters) else "options not recognised")
+    openings = openings[first:]
+    ends = [opening.start() for opening in openings[1:]] + [len(body)]
+    options = [body[opening.end() : end] for opening, end in zip(openings, ends)]
+    if not told:
+        options[3], *more = re.split(r"\n\s*\n", options[3].strip())
+        if len(more) > 1 or "\n" in options[3]:
+            raise Lost("no telling where option D ends")
+    question, *options = (" ".join(part.split()) for part in (body[: openings[0].start()], *options))
     return question, options
 
 
 def from_voicebench(index, row, args):
     """A row of VoiceBench's mmsu or openbookqa: question and options stand in the prompt, the answer is a letter."""
-    question, options = parse_prompt(row["prompt"])
-    letter = row["reference"].strip()
-    ours = checked(question, options, LETTERS.index(letter) if letter in tuple(LETTERS) else -1, row["prompt"])
-    extra = {"category": row["category"]} if "category" in row else {}
-    return ours | extra | {"audio": clean_clip(row["audio"], f"row {index}", args.max_seconds)}
+    prompt = text(row["prompt"], "prompt")
+    ours = checked(*parse_prompt(prompt), text(row["reference"], "reference"), prompt)
+    return ours | {"category": row.get("category"), "audio": clean_clip(row["audio"], f"row {index}", args.max_seconds)}
 
 
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+BLANK = r"(?<!\w)_{2,}(?!\w)"  # __init__ is none
 
 
 def without_blanks(question):
     """The question as it is spoken: `____` at the end becomes "what?", one blank "what", several "first blank", ..."""
     question = re.sub(r"\s*_{2,}\.$", " what?", question)
-    blanks = len(re.findall(r"_{2,}", question))
+    blanks = len(re.findall(BLANK, question))
     names = iter(["what"] if blanks == 1 else [f"{ordinal} blank" for ordinal in ORDINALS] + ["blank"] * blanks)
-    return re.sub(r"\s*_{2,}\s*", lambda _: f" {next(names)} ", question).strip()
+    return re.sub(rf"\s*{BLANK}\s*", lambda _: f" {next(names)} ", question).strip()
 
 
 def from_mmlu(index, row, args):
-    """A row of cais/mmlu, spoken up to args.tries times: the first clip with a word error rate below 10 % is kept."""
+    """A row of cais/mmlu, spoken."""
     ours = checked(row["question"], row["choices"], row["answer"], "")
+    return spoken_row(ours, index, args) | {"category": row["subject"]}
+
+
+def from_csv(index, row, args):
+    """A row of one's own table: recorded in the file `wav`, a path relative to the table, or spoken."""
+    ours = checked(row["question"], [row[letter] for letter in LETTERS], row["answer"], "")
+    if not row.get("wav"):
+        return spoken_row(ours, index, args)
+    clip = {"bytes": None, "path": str(Path(args.origin).parent / row["wav"])}
+    prompt = written_question(ours | {"question": without_blanks(ours["question"])})
+    return ours | {"prompt_for_tts": prompt, "audio": clean_clip(clip, f"row {index}", args.max_seconds)}
+
+
+def spoken_row(ours, index, args):
+    """The row, spoken up to args.tries times: the first clip with a word error rate below 10 % is kept."""
     ours["prompt_for_tts"] = written_question(ours | {"question": without_blanks(ours["question"])})
     if len(ours["prompt_for_tts"]) > 2000:
         raise Lost("longer than 2000 characters")
     for attempt in range(args.tries):
         waveform = args.voice.speak(ours["prompt_for_tts"], seed=(args.seed, index, attempt))
-        wer = reading_error(ours["prompt_for_tts"], args.listener.transcribe(waveform))
+        heard = args.listener.transcribe(waveform)
+        wer = reading_error(ours["prompt_for_tts"], heard, getattr(args.listener, "spelling", None))
         if wer < 0.1:
-            audio = clean_clip({"bytes": wav_bytes(waveform)}, f"mmlu-{index}", args.max_seconds)
-            return ours | {"tts_wer": wer, "category": row["subject"], "audio": audio}
+            audio = clean_clip({"bytes": wav_bytes(waveform)}, f"row {index}", args.max_seconds)
+            return ours | {"tts_wer": wer, "audio": audio}
     raise Lost(f"not understood by Whisper in {args.tries} tries")
 
 
 # ======================================================================================================================
 # 6. Speech synthesis and recognition
 # ======================================================================================================================
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen").split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-SYMBOLS = {"%": "percent", "&": "and", "@": "at", "*": "times", "/": "over", "+": "plus", "=": "equals", "#": "number",
-           "^": "to the power of", "<": "is less than", ">": "is greater than", "$": "dollar",
-           "\N{MULTIPLICATION SIGN}": "times", "\N{DIVISION SIGN}": "divided by", "\N{DEGREE SIGN}": "degrees"}
+YEAR = r"(1[1-9]\d\d|20\d\d)"
+NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+UNITS = dict(pair.split(":") for pair in (
+    "km:kilometer m:meter cm:centimeter mm:millimeter nm:nanometer kg:kilogram g:gram mg:milligram s:second h:hour "
+    "ms:millisecond min:minute hr:hour L:liter mL:milliliter ml:milliliter J:joule kJ:kilojoule N:newton Pa:pascal "
+    "kPa:kilopascal W:watt kW:kilowatt V:volt Hz:hertz kHz:kilohertz MHz:megahertz mol:mole lb:pound lbs:pound "
+    "oz:ounce ft:foot").split())
+UNITS |= {"mph": "mile per hour", "eV": "electron volt"}
+UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
+WRITTEN = {"Dr.": "doctor", "Mr.": "mister", "Mrs.": "missus", "Ms.": "miss", "Prof.": "professor", "vs.": "versus",
+           "v.": "versus", "e.g.": "for example", "i.e.": "that is", "etc.": "et cetera", "approx.": "approximately",
+           "Jr.": "junior", "Sr.": "senior", "and/or": "and or"}
+SYMBOLS = {
+    "->": "to", "→": "to", "⇒": "to", "<=": "is less than or equal to", "≤": "is less than or equal to",
+    ">=": "is greater than or equal to", "≥": "is greater than or equal to", "<": "is less than",
+    ">": "is greater than", "=": "equals", "≠": "is not equal to", "≈": "is about", "+": "plus",
+    "±": "plus or minus", "−": "minus", "×": "times", "*": "times", "·": "times", "÷": "divided by",
+    "%": "percent", "&": "and", "@": "at", "#": "number", "°": "degrees", "∞": "infinity",
+    "√": "square root of", "€": "euro", "£": "pound", "$": "dollar"}
+LATEX = {"times": "×", "cdot": "×", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "neq": "≠", "pm": "±", "div": "÷"}
+LATEX |= {name: name for name in "alpha beta gamma delta theta lambda mu pi sigma omega".split()}
+ROMAN = " I II III IV V VI VII VIII IX X".split(" ")
+MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 
 
-def number_words(n):
-    """A whole number below 10^15 in words: 342 -> three hundred forty two."""
-    if n < 20:
-        return ONES[n]
-    if n < 100:
-        return TENS[n // 10] + (f" {ONES[n % 10]}" if n % 10 else "")
-    size, name = next((size, name) for size, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"),
-                                                      (1000, "thousand"), (100, "hundred")) if n >= size)
-    return f"{number_words(n // size)} {name}" + (f" {number_words(n % size)}" if n % size else "")
+def number(digits, to="cardinal"):
+    """"1,984" or "3.14" -> words; one by one where a zero leads or there are too many. Needs num2words."""
+    try:
+        from num2words import num2words
+    except ImportError as error:
+        raise UserError("saying numbers needs num2words: pip install num2words") from error
+    whole, _, fraction = digits.replace(",", "").partition(".")
+    alone = (len(whole) > 1 and whole[0] == "0") or len(whole) > 15
+    said = " ".join(map(number, whole)) if alone else re.sub(r"[-,]| and ", " ", num2words(int(whole), to=to))
+    return " ".join(f"{said}{fraction and ' point '}{' '.join(map(number, fraction))}".split())
 
 
-def spell_out(text):
-    """Text -> lower-case words of a-z and apostrophes: numbers and symbols as they are spoken, line ends as ". ".
+def plural(word, count):
+    """meter, 5 -> meters. Of "mile per hour" the first word, of "electron volt" the last."""
+    if count == "1":
+        return word
+    head, *rest = word.split(" per ")
+    head = {"foot": "feet", "penny": "pence", "half": "halves", "hertz": "hertz"}.get(head, head + "s")
+    return " per ".join([head, *rest])
 
-    A symbol that is not in SYMBOLS is spoken by its Unicode name: a Greek letter "alpha", a root "square root".
+
+def money(m):
+    """$5.50 -> five dollars and fifty cents; $3 million -> three million dollars."""
+    sign, whole, cents, scale = m.groups()
+    name, small = {"$": ("dollar", "cent"), "€": ("euro", "cent"), "£": ("pound", "penny")}[sign]
+    if scale or len(cents or "00") != 2:
+        return f" {number(whole + (f'.{cents}' if cents else ''))} {scale or ''} {name}s "
+    parts = [f"{number(str(n))} {plural(word, str(n))}" for n, word in
+             ((int(whole.replace(",", "")), name), (int(cents or 0), small)) if n]
+    return f" {' and '.join(parts) or f'zero {name}s'} "
+
+
+def fraction(m):
+    """1/2 -> one half; 3/4 -> three quarters; 22/7 -> twenty two over seven."""
+    top, bottom = int(m[1]), int(m[2])
+    if not 0 < top < bottom <= 10:
+        return f" {number(m[1])} over {number(m[2])} "
+    return f" {number(m[1])} {plural({2: 'half', 4: 'quarter'}.get(bottom) or number(m[2], 'ordinal'), m[1])} "
+
+
+def clock(m):
+    """3:30 pm -> three thirty p m; 9:05 -> nine oh five; 10:00 -> ten o'clock."""
+    minutes = {"00": "" if m[3] else "o'clock"}.get(m[2], f"oh {number(m[2][1])}" if m[2][0] == "0" else number(m[2]))
+    return f" {number(m[1])} {minutes} {f'{m[3]} m' if m[3] else ''} "
+
+
+def power(exponent):
+    """An exponent, perhaps in braces -> squared, cubed, to the power of minus 3."""
+    exponent = exponent.strip("{}()").replace("−", "-")
+    said = f"to the power of {'minus ' if exponent[0] == '-' else ''}{exponent.lstrip('-+')}"
+    return f" {({'2': 'squared', '3': 'cubed'}).get(exponent, said)} "
+
+
+def measure(m):
+    """9.8 m/s^2 -> nine point eight meters per second squared."""
+    amount, name, exponent, per, exponent_of_per = m.groups()
+    return (f" {number(amount)} {plural(UNITS[name], amount)}{exponent and power(exponent) or ''}"
+            f"{per and f' per {UNITS[per]}' or ''}{exponent_of_per and power(exponent_of_per) or ''} ")
+
+
+SAID = (  # forms, in this order, and how a person says them
+    (r"\s*\n\s*", ". "), ("[’‘]", "'"), (r"[\u00a0\u2009\u202f]", " "),
+    (r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1 over \2 "),
+    (r"\\sqrt\{([^{}]*)\}", r" square root of \1 "), (rf"\\({'|'.join(LATEX)})\b", lambda m: f" {LATEX[m[1]]} "),
+    (r"\$(?!\d)([^$\n]+)\$|\$(\d*[a-zA-Z\\^=+][^$\n]*)\$", lambda m: f" {m[1] or m[2]} "),
+    (r"(?<=\d)½", " and a half "), (r"½ (?=[a-z])(?!of\b)", " half a "), ("½", " one half "), ("¼", " one quarter "),
+    ("¾", " three quarters "),
+    (r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: "^" + m[0].translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+"))),
+    (r"([$€£])\s?(\d+(?:,\d{3})*)(?:\.(\d+))?(?:\s(thousand|million|billion|trillion)\b)?", money),
+    (rf"\b{YEAR}s\b", lambda m: re.sub("y$", "ie", number(m[1], "year")) + "s"),
+    (rf"\b{YEAR}\s?[-–—]\s?{YEAR}\b", lambda m: f"{number(m[1], 'year')} to {number(m[2], 'year')}"),
+    (rf"\b((?:[Ii]n|[Ss]ince|[Uu]ntil|[Yy]ear|[Bb]efore|[Aa]fter|[Dd]uring|{MONTH})(?: \d\d?(?:st|nd|rd|th)?)?,?) "
+     rf"{YEAR}\b(?![.,]\d|\s?(?:%|(?:{UNIT})\b))", lambda m: f"{m[1]} {number(m[2], 'year')}"),
+    (r"\b(\d+)(?:st|nd|rd|th)\b", lambda m: number(m[1], "ordinal")),
+    (r"\b(\d\d?):(\d\d)\s*(?:([ap])\.?\s?m\b\.?)?", clock), (r"\b(\d+):(\d+)\b", r" \1 to \2 "),
+    (r"(?<![\d/])(\d{1,4})\s?[/⁄]\s?(\d{1,4})(?![\d/])", fraction),
+    (rf"({NUMBER})\s?°\s?C\b", r"\1 degrees celsius"), (rf"({NUMBER})\s?°\s?F\b", r"\1 degrees fahrenheit"),
+    (rf"({NUMBER})\s?[-–]\s?({NUMBER})(?=\s*=)|({NUMBER})\s+[-–−]\s+({NUMBER})|({NUMBER})−({NUMBER})",
+     lambda m: " minus ".join(filter(None, m.groups()))),
+    (rf"({NUMBER})[-–]({NUMBER})(?=\s?(?:[A-Za-z%°$]))|({NUMBER})–({NUMBER})",
+     lambda m: " to ".join(filter(None, m.groups()))),
+    (rf"(?<![\w.])({NUMBER})\s?({UNIT})(?:\^(\{{?[23]\}}?))?(?:/({UNIT})(?:\^(\{{?[23]\}}?))?)?(?![\w^/])", measure),
+    (r"\^(\{[^{}]+\}|\([^()]+\)|[-−+]?\w+)", lambda m: power(m[1])),
+    (r"(?<![\w.)])[-−](?=\d|[a-z]\b)", " minus "), (r"(?<=[\w)]) [-−–] (?=\d|[a-z]\b)", " minus "),
+    (rf"\b(War|Chapter|Part|Act|Phase|Stage|Article|Section|Title|Volume|Book|Level|Type) ({'|'.join(ROMAN[1:])})\b",
+     lambda m: f"{m[1]} {number(str(ROMAN.index(m[2])))}"),
+    ("|".join(rf"(?<!\w){re.escape(short)}(?=\W|$)" for short in WRITTEN), lambda m: f" {WRITTEN[m[0]]} "),
+    (r"\b([a-zA-Z])\s?/\s?([a-zA-Z])\b", r" \1 over \2 "),
+    ("|".join(map(re.escape, sorted(SYMBOLS, key=len, reverse=True))), lambda m: f" {SYMBOLS[m[0]]} "),
+)
+
+
+def spell_out(text, strict=True):
+    """Text -> lower-case words of a-z and apostrophes, as a person says them; line ends become ". ".
+    Raises Lost where no rule says how: most LaTeX, 5-10 without a unit, other scripts. If not strict, it is dropped.
     """
-    def number(match):
-        whole, _, fraction = match[0].replace(",", "").partition(".")
-        whole = one_by_one(whole) if len(whole) > 15 else number_words(int(whole))
-        return f" {whole} " + (f"point {one_by_one(fraction)} " if fraction else "")
-
-    def one_by_one(digits):
-        return " ".join(ONES[int(d)] for d in digits)
-
-    def symbol(c):
-        if c in SYMBOLS:
-            return f" {SYMBOLS[c]} "
-        if c.isascii() and (c.isalpha() or c in "'. "):
-            return c
-        if unicodedata.category(c)[0] in "LS":  # letters and symbols; the rest is punctuation, which is not spoken
-            name = unicodedata.name(c, "").lower()
-            return f" {re.sub(r'^.* (letter|sign) (?=.)|^(greek|latin) small letter | (sign|symbol)$', '', name)} "
-        return " "
-
-    text = re.sub(r"\s*\n\s*", ". ", text.strip()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    text = re.sub(r"(?<![\w.])[-\N{MINUS SIGN}](?=\d)", " minus ", text)
-    text = re.sub(r"\d+(?:,\d{3})*(?:\.\d+)?", number, unicodedata.normalize("NFKC", text))
-    return re.sub(r"\s+(?=\.)", "", " ".join("".join(map(symbol, text)).lower().split()))
+    text = text.strip()
+    for form, said in SAID:
+        text = re.sub(form, said, text)
+    if strict and (left := re.search(r"\\[a-zA-Z]+|\d-\d|[\^_]", text)):
+        raise Lost("a form that no rule reads aloud", left[0])
+    text = re.sub(NUMBER, lambda m: f" {number(m[0])} ", unicodedata.normalize("NFKC", text))
+    said = ""
+    for c in unicodedata.normalize("NFKD", text):
+        name, kind = unicodedata.name(c, ""), unicodedata.category(c)
+        if strict and not c.isascii() and kind[0] in "LS" and not name.startswith("GREEK"):
+            raise Lost("not English text", c)
+        if name.startswith("GREEK") and kind[0] == "L":
+            said += f" {name.split()[-1].lower()} "
+        elif kind[0] != "M":  # accents go
+            said += c if re.match(r"[a-zA-Z'. ]", c) else " "
+    return re.sub(r"\s+(?=\.)", "", " ".join(said.lower().split()))
 
 
-CONTRACTIONS = {"won't": "will not", "can't": "can not", "let's": "let us", "n't": " not", "'re": " are",
-                "'ll": " will", "'ve": " have", "'m": " am", "'d": " would"}
+def spoken_words(text, spelling=None):
+    """The words of a text as WER counts them: said, then as transformers' own normaliser for English has them.
+    spelling: the recogniser's table of British and American spellings.
+    """
+    text = re.sub(r"[()\[\]{}<>]", " ", text)  # the normaliser would delete what stands in brackets
+    text = spell_out(text, strict=False).replace("o'clock", "oclock")  # it takes an o beside a number for a zero
+    return EnglishTextNormalizer(spelling or {})(text).replace("'", "").split()
 
 
-def spoken_words(text):
-    """The words of a text as WER counts them: spelled out, contractions expanded, no punctuation, lower case."""
-    text = spell_out(text)
-    text = re.sub(r"\b(it|he|she|that|there|what|who|where|how|here)'s\b", r"\1 is", text)
-    for short, long in CONTRACTIONS.items():
-        text = re.sub(rf"{short}\b", long, text)
-    return re.sub(r"[^a-z ]", "", text).split()
-
-
-def word_error_rate(reference, hypothesis):
+def word_error_rate(reference, hypothesis, spelling=None):
     """Insertions, deletions and substitutions that turn one text into the other, per word of the reference."""
-    words = spoken_words(reference)
-    return torchaudio.functional.edit_distance(words, spoken_words(hypothesis)) / max(1, len(words))
+    words = spoken_words(reference, spelling)
+    return torchaudio.functional.edit_distance(words, spoken_words(hypothesis, spelling)) / max(1, len(words))
 
 
-def reading_error(prompt, transcript):
-    """The paper's filter: the word error rate, or 1 if the transcript lacks "option d"."""
-    return word_error_rate(prompt, transcript) if "option d" in " ".join(spoken_words(transcript)) else 1.0
+def reading_error(prompt, transcript, spelling=None):
+    """The paper's filter: the word error rate, or 1 if "option d" is not heard as often as the prompt has it."""
+    asked, heard = (len(re.findall(r"\boption d\b", " ".join(spoken_words(text)))) for text in (prompt, transcript))
+    return word_error_rate(prompt, transcript, spelling) if heard >= asked else 1.0
 
 
 class Voice:
@@ -667,6 +791,7 @@ class Listener:
         self.model = load_model(WhisperForConditionalGeneration, name, device)
         self.feature_extractor = open_pretrained(WhisperFeatureExtractor.from_pretrained, name)
         self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
+        self.spelling = getattr(self.tokenizer, "english_spelling_normalizer", None)  # its normalizer.json
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
         self.language = {"language": "en", "task": "transcribe"} if multilingual else {}
 
@@ -702,7 +827,35 @@ SOURCES = {
     "mmlu": Source("cais/mmlu", "all", "auxiliary_train", ("question", "subject", "choices", "answer"), from_mmlu),
     "voicebench-mmsu": Source("hlt-lab/voicebench", "mmsu", None, HEARD, from_voicebench),
     "voicebench-obqa": Source("hlt-lab/voicebench", "openbookqa", "test", HEARD, from_voicebench),
+    "csv": Source("questions.csv", None, None, ("question", *LETTERS, "answer"), from_csv),
 }
+
+
+SPLITS = ("train", "auxiliary_train", "validation", "dev", "test")
+
+
+def own_files(source, place):
+    """The parquet or arrow files of a local copy of a repository that belong to the source's configuration and split.
+    A split is told by a file's name, such as test-00000-of-00001.parquet or test.parquet, or by its folder's.
+    Raises UserError if there are none. Where a name does not tell, the files that are taken are printed.
+    """
+    files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.suffix in (".parquet", ".arrow")]
+    files = [p for p in files if source.config in p.parts] or files
+    if not files:
+        raise UserError(f"{place} holds no parquet or arrow file and no datasets directory")
+
+    def split(path):
+        names = (re.sub(r"-\d+-of-\d+$", "", path.stem), path.parent.name)
+        return next((name for name in names if name in SPLITS), None)
+
+    own = [p for p in files if source.split is None or split(p) == source.split]
+    untold = [p for p in files if split(p) is None]
+    if not own and not untold:
+        there = ", ".join(sorted({*map(split, files)}))
+        raise UserError(f"{place} has no file of the split {source.split}; it has {there}")
+    if not own:
+        print(f"files taken as the split {source.split}: {', '.join(str(p.relative_to(place.parent)) for p in untold)}")
+    return own or untold
 
 
 def open_source(source, origin):
@@ -712,15 +865,13 @@ def open_source(source, origin):
     """
     place = Path(origin)
     try:
-        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+        if place.suffix == ".csv":
+            with open(place, newline="", encoding="utf-8-sig") as table:
+                rows = datasets.Dataset.from_list(list(csv.DictReader(table)))  # strings: "NA" and "007" stay
+        elif (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(origin)
         elif place.exists():
-            files = [place] if place.is_file() else sorted(place.rglob("*"))
-            files = [p for p in files if p.suffix in (".parquet", ".arrow")]
-            # Of a copy of a whole repository, only this source's configuration.
-            files = [p for p in files if source.config in p.parts] or files
-            if not files:
-                raise UserError(f"{origin} holds no parquet or arrow file and no datasets directory")
+            files = own_files(source, place)
             kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
             rows = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train")
         else:
@@ -737,40 +888,73 @@ def open_source(source, origin):
 
 def resume(file, begun):
     """The finished rows of an interrupted run, from its rows.jsonl, whose first line holds the run's settings."""
-    if not file.exists():
-        file.write_text(json.dumps(begun) + "\n")
-    text = file.read_text()
+    text = file.read_text() if file.exists() else ""
     whole = text[: text.rfind("\n") + 1]  # a line cut by a crash is done again
-    file.write_text(whole)
-    first, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
-    if first != begun:
-        raise UserError(f"{file.parent} was begun with other settings: finish it with those, or remove it")
+    first, *lines = [json.loads(line) for line in whole.splitlines()] or [begun]
+    if other := [key for key in begun if first.get(key) != begun[key]]:
+        raise UserError(f"{file.parent} was begun with other settings ({', '.join(other)}): finish it with those, or "
+                        "remove it")
+    write_aside(file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in (begun, *lines))))
     return lines
+
+
+FEATURES = datasets.Features({
+    "key": datasets.Value("string"), "question": datasets.Value("string"),
+    "options": datasets.List(datasets.Value("string")), "answer_index": datasets.Value("int64"),
+    "prompt_for_tts": datasets.Value("string"), "tts_wer": datasets.Value("float64"),
+    "category": datasets.Value("string"),
+    "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+})
+
+
+SPOKEN = ("mmlu", "csv")
+
+
+def check_disk(name, rows, count, part):
+    """Say how much disk a conversion takes, by 20 of its rows, and raise UserError if there is not so much."""
+    seconds = []
+    for row in rows.select(range(0, count, max(1, count // 20))):
+        try:
+            clip = None if name in SPOKEN else clean_clip(row["audio"], "", math.inf)
+            seconds.append(len("".join(map(str, row.values()))) / 15 if clip is None else len(clip) / SAMPLE_RATE)
+        except Lost:  # a row that will be left out
+            continue
+    needed = 2 * count * float(np.mean(seconds or [0])) * SAMPLE_RATE * 2 / 2**30  # 16 bits, as clips and as data set
+    free = shutil.disk_usage(part).free / 2**30
+    print(f"{count} rows take about {needed:.2f} GiB of disk, half of it in the end; {free:.2f} GiB are free")
+    if needed > free:
+        raise UserError(f"{part.parent} has {free:.2f} GiB free, and about {needed:.2f} are needed: give another --out")
 
 
 def convert(name, args):
     """Make the data set `args.out` of source `name`. A stopped run continues: no clip is made twice."""
     source, out = SOURCES[name], Path(args.out)
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit}: give a number of rows, or 0 for all")
     if out.exists():
         raise UserError(f"{out} exists already: remove it to make it anew, or give another --out")
     rows = open_source(source, args.origin or source.origin)
     count = min(len(rows), args.limit or len(rows))
     part = out.with_name(out.name + ".part")  # what is done so far
     part.mkdir(parents=True, exist_ok=True)
-    settings = ("origin", "limit", "max_seconds", "seed", "tries", "tts", "asr")
-    done = resume(part / "rows.jsonl", {"source": name} | {key: getattr(args, key, None) for key in settings})
-    if name == "mmlu" and len(done) < count:
+    settings = {key: getattr(args, key, None) for key in ("max_seconds", "seed", "tries", "tts", "asr")}
+    done = resume(part / "rows.jsonl", {"source": name, "rows": rows._fingerprint} | settings)[:count]
+    if not done:
+        check_disk(name, rows, count, part)
+    recorded = name == "csv" and "wav" in rows.column_names and all(rows["wav"])
+    if name in SPOKEN and not recorded and len(done) < count:
         args.voice, args.listener = load_speech_models(args)
     with open(part / "rows.jsonl", "a") as progress:
         for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
-            key = str(rows[i].get("key") or f"{name}-{i}")
+            row = rows[i]
+            key = str(row.get("key") or f"{name}-{i}")
             try:
-                row = {"key": key} | source.make_row(i, rows[i], args)
-                waveform = row.pop("audio")
-                (part / f"{i}.wav").write_bytes(wav_bytes(waveform.clamp(-1, 1)))
-                line = {"row": row, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
+                ours = {"key": key} | source.make_row(i, row, args)
+                waveform = ours.pop("audio")
+                write_aside(part / f"{i}.wav", lambda path: path.write_bytes(wav_bytes(waveform.clamp(-1, 1))))
+                line = {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
             except Lost as loss:
-                line = {"lost": str(loss), "key": key}
+                line = {"lost": loss.reason, "key": key}
                 tqdm.write(f"{key} is left out: {loss}")
             done.append(line)
             print(json.dumps(line), file=progress, flush=True)
@@ -778,12 +962,10 @@ def convert(name, args):
     if not kept:
         reasons = "; ".join(sorted({line["lost"] for line in done}))
         raise UserError(f"no row of {args.origin or source.origin} is left: {reasons}")
-
-    def read(lines):
-        for line in lines:
-            yield {**line["row"], "audio": {"bytes": (part / line["clip"]).read_bytes(), "path": None}}
-
-    questions = datasets.Dataset.from_generator(read, gen_kwargs={"lines": kept}, cache_dir=str(part / "cache"))
+    # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
+    places = ({"bytes": None, "path": str(part.resolve() / line["clip"])} for line in kept)
+    ready = [dict.fromkeys(FEATURES) | line["row"] | {"audio": place} for line, place in zip(kept, places)]
+    questions = datasets.Dataset.from_list(ready, features=FEATURES)
     questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
     (part / "data").rename(out)
     shutil.rmtree(part)
@@ -827,7 +1009,7 @@ def main(arguments=None):
         ("--tts", "facebook/mms-tts-eng", "the voice, a VITS model"),
         ("--asr", "openai/whisper-medium", "the listener, a Whisper model"),
     )
-    for name, flags in (("demo", of_demo), *((name, of_all + (of_mmlu if name == "mmlu" else ())) for name in SOURCES)):
+    for name, flags in (("demo", of_demo), *((name, of_all + (of_mmlu if name in SPOKEN else ())) for name in SOURCES)):
         command = commands.add_parser(name, allow_abbrev=False)
         for flag, default, help in flags:
             command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{help} [{default}]")

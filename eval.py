@@ -158,18 +158,27 @@ def speech_lms(args):
         yield adapter, lm
 
 
+def fingerprint(folder):
+    """A number for the weights and config.json in a folder, by sizes, first and last MiB. A hub name has 0."""
+    total = 0
+    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")]):
+        with open(path, "rb") as file:
+            head, size = file.read(2**20), path.stat().st_size
+            file.seek(max(0, size - 2**20))
+            total = zlib.crc32(f"{path.name} {size}".encode() + head + file.read(), total)
+    return total
+
+
 def cached_records(name, data, questions, each, answer, args, cfg):
     """The records of one measurement, `each` of them a question, in order; all are kept in a file in args.out.
 
     Those of an earlier run are read from there, the rest come in batches from answer(first question). The file's name
     holds a hash of everything the answers depend on.
     """
-    weights = Path(name) / "adapter_model.safetensors"
     begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
-             "eval_batch": cfg.eval_batch, "extractor": cfg.extractor,
-             "weights": zlib.crc32(weights.read_bytes()) if weights.exists() else None,
-             "questions": zlib.crc32("\n".join([*questions["key"], *questions["question"]]).encode())}
-    file = Path(args.out) / f"{Path(name).name}-{data}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
+             "eval_batch": cfg.eval_batch, "extractor": cfg.extractor, "base": fingerprint(args.model),
+             "weights": fingerprint(name), "questions": questions._fingerprint}
+    file = Path(args.out) / f"{Path(name).name}-{Path(data).name}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     done = resume(file, begun)
     if len(done) < each * len(questions):
@@ -668,10 +677,12 @@ def main(arguments=None):
         args.adapter = ["runs/tars"] if args.model == "runs/demo/model" else []
     if args.ask:
         return ask(args, cfg)
-    sets = {}
-    for path in args.data or [cfg.eval_data]:
+    sets, paths = {}, list(dict.fromkeys(args.data or [cfg.eval_data]))
+    names = [Path(path).name for path in paths]
+    for path, name in zip(paths, names):
         questions = load_questions(path)
-        sets[Path(path).name] = questions.select(range(min(args.limit or len(questions), len(questions))))
+        questions = questions.select(range(min(args.limit or len(questions), len(questions))))
+        sets[name if names.count(name) == 1 else path] = questions  # two folders of one name are told apart
     if args.agree:
         return agreement(args, sets)
     (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)

@@ -31,6 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: a na
 import datasets
 import numpy as np
 import pytest
+import soundfile
 import tokenizers
 import torch
 from safetensors.torch import load_file
@@ -2004,17 +2005,33 @@ def test_unreadable_clip_is_named():
 @pytest.mark.parametrize("data, says", [
     (b"", "unreadable"), (b"RIFF", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
     (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (wav(np.zeros((0, 1), int)), "shorter than 0.1 s"),
-    (tone(301, 8_000), "longer than 300 s .301.00 s."), (float_wav(np.zeros(8000)), "unreadable clip; it is no PCM WAV.*torchcodec"),
+    (tone(301, 8_000), "longer than 300 s .301.00 s."), (wav(np.zeros((8000, 1), int), rate=1_000_003), "unreadable clip .a rate of 1000003 Hz"),
+    (tone(0.5, 16_000)[:24] + bytes(4) + tone(0.5, 16_000)[28:], "unreadable"),
 ], ids=lambda x: x if isinstance(x, str) else "clip")
 def test_bad_clips_are_named(data, says):
     with pytest.raises(tars.UserError, match="q7 has an? .*" + says):
         decode_clip(data, "q7")
 
 
-def test_nan_samples_are_named(monkeypatch):
-    monkeypatch.setattr(data_prep.torchaudio, "load", lambda file: (torch.full((1, 16_000), math.nan), 16_000))
+def test_nan_samples_are_named():
     with pytest.raises(tars.UserError, match="q7 has a clip with NaN samples"):
-        decode_clip(float_wav(np.zeros(8000)), "q7")
+        decode_clip(float_wav(np.full(8000, math.nan)), "q7")
+
+
+def test_clips_that_are_no_16_bit_wav_are_read_by_soundfile(monkeypatch):
+    second = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    for kind, subtype in (("WAV", "FLOAT"), ("WAV", "ULAW"), ("WAVEX", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")):
+        soundfile.write(file := io.BytesIO(), second, 16_000, format=kind, subtype=subtype)
+        clip = decode_clip(file.getvalue())
+        assert abs(len(clip) - 16_000) < 2000 and 0.45 < clip[2000:-2000].abs().max() < 0.55
+    monkeypatch.setitem(sys.modules, "soundfile", None)  # not installed
+    with pytest.raises(tars.UserError, match="pip install soundfile"):
+        decode_clip(file.getvalue(), "q7")
+    assert len(decode_clip(wav((second * 32767).astype(int)[:, None]))) == 16_000
+
+
+def test_clip_that_is_cut_within_a_frame_keeps_its_whole_ones():
+    assert len(decode_clip(tone(0.5, 16_000, channels=2)[:-1])) in (7999, 8000)
 
 
 def replica(path, rows):
@@ -2089,6 +2106,133 @@ def test_voicebench_sources_parse_wrapped_prompts_and_report_the_rest(tmp_path, 
     assert data["options"] == [["oxygen", "carbon dioxide", "helium", "neon, a noble gas"]] * 2
     prepare(capsys, "voicebench-obqa", "--origin", tmp_path / "hub", "--out", tmp_path / "obqa", "--limit", 1)
     assert len(load_questions(tmp_path / "obqa")) == 1
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"question": None}, "an empty question"), ({"question": "\u200b"}, "an empty question"), ({"question": 7}, "question that is no text"),
+    ({"options": None}, "other than four options"), ({"options": {"A": "w", "B": "x", "C": "y", "D": "z"}}, "other than four options"),
+    ({"options": "wxyz"}, "other than four options"), ({"options": ["w", None, "y", "z"]}, "an empty option"), ({"options": ["w", 2, "y", "z"]}, "option that is no text"),
+    ({"answer_index": 1.0}, "the answer is none"), ({"answer_index": True}, "the answer is none"), ({"answer_index": None}, "the answer is none"),
+    ({"answer_index": -1}, "the answer is none"), ({"prompt_for_tts": None}, "an empty prompt"), ({"audio": None}, "no clip"), ({"audio": {"bytes": None, "path": None}}, "no clip"),
+], ids=str)
+def test_a_cell_that_is_empty_or_of_another_type_loses_its_row(change, reason):
+    row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": {"bytes": tone(1, 16_000), "path": None}}
+    args = SimpleNamespace(max_seconds=9)
+    assert data_prep.from_tars(0, row, args)["answer_index"] == 2
+    with pytest.raises(data_prep.Lost, match=reason):
+        data_prep.from_tars(0, row | change, args)
+    assert data_prep.from_tars(0, row | {"tts_wer": "n/a"}, args)["tts_wer"] is None and data_prep.from_tars(0, row | {"tts_wer": 0}, args)["tts_wer"] == 0.0
+
+
+@pytest.mark.parametrize("answer, index", [("B", 1), ("b", 1), ("B.", 1), ("(B)", 1), (" d ", 3), (3, 3)])
+def test_answers_are_read_as_people_write_them(answer, index):
+    assert data_prep.checked("Who?", ["w", "x", "y", "z"], answer, "")["answer_index"] == index
+
+
+ASKED = "\n\nWhat is the answer to the above multiple choice question? Select one of the following: A, B, C, or D."
+
+
+@pytest.mark.parametrize("prompt, question, options", [
+    ("Q?\nA. a\nB. b\nC. c\nD. first\n\nsecond" + ASKED, "Q?", ["a", "b", "c", "first second"]),
+    ("Q?\nA.one\nB.two\nC.three\nD.four" + ASKED, "Q?", ["one", "two", "three", "four"]),
+    ("Q?\nA) one\nB) two\nC) three\nD) four" + ASKED, "Q?", ["one", "two", "three", "four"]),
+    ("Q?\n(A) one\n(B) two\n(C) three\n(D) four" + ASKED, "Q?", ["one", "two", "three", "four"]),
+    ("Q?\nOption A: one\nOption B: two\nOption C: three\nOption D: four" + ASKED, "Q?", ["one", "two", "three", "four"]),
+    ("Q?\na. one\nb. two\nc. three\nd. four" + ASKED, "Q?", ["one", "two", "three", "four"]),
+    ("Q?\nA.\u00a0one\nB.\u00a0two\nC.\u00a0three\nD.\u00a0four" + ASKED, "Q?", ["one", "two", "three", "four"]),
+    ("E. coli is\nA. one\nB. two\nC. three\nD. four" + ASKED, "E. coli is", ["one", "two", "three", "four"]),
+    ("A. Smith wrote\nA. one\nB. two\nC. three\nD. four" + ASKED, "A. Smith wrote", ["one", "two", "three", "four"]),
+    ("Which holds?\nA. x is 1\nB. y is 2\nA. both\nB. neither\nC. the first\nD. the second" + ASKED, "Which holds? A. x is 1 B. y is 2", ["both", "neither", "the first", "the second"]),
+    ("Q?\nA. one\nB. two\nC. three\nD. four\n\nPick one.", "Q?", ["one", "two", "three", "four"]),
+])
+def test_prompts_that_a_person_can_read_are_read(prompt, question, options):
+    assert data_prep.parse_prompt(prompt) == (question, options)
+
+
+@pytest.mark.parametrize("prompt, reason", [
+    ("Q?\nA. one\nB. two\nC. three\nD. four\n\nmore\n\nPick one.", "no telling"), ("Q?\nA. one\nB. two\nC. three\nD. four\nPick one.", "no telling"),
+    ("Q?\nA. one\nB. two" + ASKED, "other than four"), ("Q?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5" + ASKED, "other than four"), ("Q?" + ASKED, "not recognised"),
+])
+def test_prompts_that_no_one_can_read_are_lost(prompt, reason):
+    with pytest.raises(data_prep.Lost, match=reason):
+        data_prep.parse_prompt(prompt)
+
+
+def test_only_the_sources_own_split_of_a_local_copy_is_taken(tmp_path, capsys):
+    row = {"question": "Who?", "subject": "s", "choices": ["w", "x", "y", "z"], "answer": 1}
+    for name in ("auxiliary_train", "test", "dev", "validation"):
+        replica(tmp_path / "hub" / "all" / f"{name}-00000-of-00001.parquet", [row | {"question": f"{name}?"}])
+    replica(tmp_path / "hub" / "law" / "test-00000-of-00001.parquet", [row])
+    source = data_prep.SOURCES["mmlu"]
+    assert data_prep.open_source(source, str(tmp_path / "hub"))["question"] == ["auxiliary_train?"] and capsys.readouterr().out == ""
+    (tmp_path / "hub" / "all" / "auxiliary_train-00000-of-00001.parquet").unlink()
+    with pytest.raises(tars.UserError, match="no file of the split auxiliary_train; it has dev, test, validation"):
+        data_prep.open_source(source, str(tmp_path / "hub"))
+    replica(tmp_path / "other" / "a.parquet", [row])
+    assert len(data_prep.open_source(source, str(tmp_path / "other"))) == 1 and "files taken as the split auxiliary_train: other/a.parquet" in capsys.readouterr().out
+
+
+def test_columns_that_are_null_at_first_keep_their_type(tmp_path, capsys):
+    row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": tone(1, 16_000)}
+    replica(tmp_path / "train.parquet", [row | {"key": f"k{i}", "tts_wer": None if i < 3 else 0.05} for i in range(4)])
+    prepare(capsys, "tars", "--origin", tmp_path / "train.parquet", "--out", tmp_path / "data")
+    assert load_questions(tmp_path / "data")["tts_wer"] == [None, None, None, 0.05]
+
+
+def test_disk_is_measured_before_the_work_starts(tmp_path, capsys, monkeypatch):
+    row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": tone(10, 16_000)}
+    replica(tmp_path / "train.parquet", [row | {"key": f"k{i}"} for i in range(50)])
+    monkeypatch.setattr(data_prep.shutil, "disk_usage", lambda path: SimpleNamespace(free=0.02 * 2**30))
+    # 50 clips of 10 s at 32,000 bytes a second are 16 MB, twice: 0.0298 GiB
+    with pytest.raises(tars.UserError, match="0.02 GiB free, and about 0.03 are needed"):
+        prepare(capsys, "tars", "--origin", tmp_path / "train.parquet", "--out", tmp_path / "data")
+    monkeypatch.setattr(data_prep.shutil, "disk_usage", lambda path: SimpleNamespace(free=0.04 * 2**30))
+    assert "50 rows take about 0.03 GiB" in prepare(capsys, "tars", "--origin", tmp_path / "train.parquet", "--out", tmp_path / "data")
+
+
+@slow
+def test_more_audio_than_one_arrow_batch_holds(tmp_path, capsys):
+    """240 clips of 300 s are 2.3 GB, above the 2 GiB that an Arrow array of bytes can address."""
+    row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": tone(300, 8_000)}
+    replica(tmp_path / "train.parquet", [row | {"key": f"k{i}"} for i in range(240)])
+    prepare(capsys, "tars", "--origin", tmp_path / "train.parquet", "--out", tmp_path / "data", "--max-seconds", 300)
+    data = load_questions(tmp_path / "data")
+    assert len(data) == 240 and len(read_clip(data[239]["audio"]["bytes"])) == 300 * 16_000
+
+
+def test_ones_own_questions_with_recordings(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "1.wav").write_bytes(tone(1, 16_000))
+    (tmp_path / "questions.csv").write_text("\ufeffquestion,A,B,C,D,answer,wav\nWho is 007?,NA,Bond,Q,M,b,clips/1.wav\nWhere?,w,x,y,z,E,clips/1.wav\nWhen?,w,x,y,z,A,clips/no.wav\n")
+    printed = prepare(capsys, "csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data")
+    assert table(printed) == {"rows in": 3, "rows out": 1, "hours of audio": 0.0, "left out: the answer is none of the options": 1, "left out: an unreadable clip": 1}
+    (row,) = load_questions(tmp_path / "data")
+    assert (row["question"], row["options"], row["answer_index"]) == ("Who is 007?", ["NA", "Bond", "Q", "M"], 1)
+    assert row["prompt_for_tts"].startswith("Who is 007?\n\nOption A: NA")
+
+
+def test_ones_own_questions_without_recordings_are_spoken(tmp_path, capsys, monkeypatch):
+    (tmp_path / "questions.csv").write_text("question,A,B,C,D,answer\nWho?,w,x,y,z,C\n")
+    voice = CountingVoice()
+    monkeypatch.setattr(data_prep, "load_speech_models", lambda args: (voice, Echo(voice)))
+    prepare(capsys, "csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data")
+    assert load_questions(tmp_path / "data")[0]["tts_wer"] == 0 and len(voice.seeds) == 1
+
+
+def test_conversion_goes_on_with_another_limit_and_another_spelling_of_the_path(tmp_path, capsys, monkeypatch):
+    row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": tone(1, 16_000)}
+    replica(tmp_path / "hub" / "train.parquet", [row | {"key": f"k{i}"} for i in range(4)])
+    monkeypatch.setattr(datasets.Dataset, "from_list", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--limit", 2)
+    monkeypatch.undo()
+    with pytest.raises(tars.UserError, match="other settings .max_seconds."):
+        prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 5)
+    made = (tmp_path / "data.part" / "0.wav").stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_prep.shutil, "rmtree", lambda path: None)
+    prepare(capsys, "tars", "--origin", "hub", "--out", "data")
+    assert len(load_questions("data")) == 4 and (tmp_path / "data.part" / "0.wav").stat().st_mtime_ns == made
 
 
 class CountingVoice:
@@ -2173,6 +2317,8 @@ def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
                          (tmp_path, "a.parquet|answer")):
         with pytest.raises(tars.UserError, match=says):
             prepare(capsys, "mmlu", "--origin", origin, "--out", tmp_path / "out")
+    with pytest.raises(tars.UserError, match="--limit -1"):
+        prepare(capsys, "mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "out", "--limit", -1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(tars.UserError, match="no parquet or arrow file"):
         prepare(capsys, "mmlu", "--origin", tmp_path / "empty", "--out", tmp_path / "out")
@@ -2182,26 +2328,71 @@ def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, spoken", [
-    ("342", "three hundred forty two"), ("1,000,017", "one million seventeen"), ("3.14", "three point one four"), ("-5", "minus five"),
-    ("20%", "twenty percent"), ("2 + 2 = 4", "two plus two equals four"), ("x<3", "x is less than three"), ("\N{GREEK SMALL LETTER ALPHA}-decay", "alpha decay"),
-    ("\N{SQUARE ROOT}9", "square root nine"), ("Who?\nOption A: I", "who. option a i"), ("don\N{RIGHT SINGLE QUOTATION MARK}t (ever)", "don't ever"),
-    ("CO\N{SUBSCRIPT TWO}", "co two"), ("0", "zero"), ("90 \N{DEGREE SIGN}", "ninety degrees"), ("first,second", "first second"),
+    ("342", "three hundred forty two"), ("1,000,017", "one million seventeen"), ("3.14", "three point one four"), ("-5", "minus five"), ("0", "zero"),
+    ("105", "one hundred five"), ("007", "zero zero seven"), ("0.05", "zero point zero five"), ("1,234.5", "one thousand two hundred thirty four point five"),
+    # ordinals, years, decades, dates, times
+    ("the 1st, 2nd and 21st", "the first second and twenty first"), ("in 1984", "in nineteen eighty four"), ("the 1990s", "the nineteen nineties"),
+    ("1990-2000", "nineteen ninety to two thousand"), ("the year 2005", "the year two thousand five"), ("July 4, 1776", "july four seventeen seventy six"),
+    ("1984 people", "one thousand nine hundred eighty four people"), ("at 3:30 pm", "at three thirty p m"), ("10:00", "ten o'clock"), ("9:05", "nine oh five"),
+    ("a ratio of 3:1", "a ratio of three to one"),
+    # money
+    ("$5.50", "five dollars and fifty cents"), ("$3 million", "three million dollars"), ("$1", "one dollar"), ("$0.50", "fifty cents"), ("£5", "five pounds"),
+    ("$2.5 billion", "two point five billion dollars"),
+    # ranges, differences, fractions
+    ("5-10 days", "five to ten days"), ("5–10", "five to ten"), ("8-3 = 5", "eight minus three equals five"), ("10 - 3", "ten minus three"),
+    ("1/2 of it", "one half of it"), ("½ cup", "half a cup"), ("3/4", "three quarters"), ("22/7", "twenty two over seven"), ("1½", "one and a half"),
+    # formulas
+    ("$x^2 + y^2$", "x squared plus y squared"), ("x²", "x squared"), ("10⁻³", "ten to the power of minus three"), (r"\frac{a}{b}", "a over b"),
+    (r"\sqrt{2}", "square root of two"), ("2 + 2 = 4", "two plus two equals four"), ("x<3", "x is less than three"), ("x ≤ 3", "x is less than or equal to three"),
+    ("y - x", "y minus x"), ("a/b", "a over b"), ("3 × 4", "three times four"), ("√9", "square root of nine"), ("F = ma", "f equals ma"), (r"3 \times 4", "three times four"),
+    # units
+    ("9.8 m/s^2", "nine point eight meters per second squared"), ("60 mph", "sixty miles per hour"), ("20 °C", "twenty degrees celsius"), ("90 °", "ninety degrees"),
+    ("1 kg", "one kilogram"), ("50 Hz", "fifty hertz"), ("100 km/h", "one hundred kilometers per hour"), ("1500 m", "one thousand five hundred meters"), ("20%", "twenty percent"),
+    # letters, abbreviations, signs
+    ("café, Gödel", "cafe godel"), ("α-decay", "alpha decay"), ("World War II", "world war two"), ("Dr. Smith vs. Mr. Jones", "doctor smith versus mister jones"),
+    ("e.g.", "for example"), ("A -> B", "a to b"), ("and/or", "and or"), ("Who?\nOption A: I", "who. option a i"), ("don’t (ever)", "don't ever"), ("CO₂", "co two"),
+    ("first,second", "first second"), ("well-known", "well known"),
 ])
-def test_spelled_out_for_the_voices_vocabulary(text, spoken):
+def test_spelled_out_as_a_person_says_it(text, spoken):
     assert data_prep.spell_out(text) == spoken
 
 
+@pytest.mark.parametrize("text, reason", [
+    ("北京", "not English text"), ("a \N{GRINNING FACE}", "not English text"), (r"\int x", "no rule"), ("5-10", "no rule"), ("\N{N-ARY SUMMATION}x", "not English"), ("x_1", "no rule"),
+])
+def test_what_no_rule_says_is_lost_and_not_guessed(text, reason):
+    with pytest.raises(data_prep.Lost, match=reason):
+        data_prep.spell_out(text)
+
+
+@pytest.mark.parametrize("reference, transcript", [
+    ("the 21st day", "the twenty-first day"), ("$5", "five dollars"), ("20 per cent", "20 percent"), ("Mr. Smith", "Mister Smith"), ("he'd gone", "he had gone"),
+    ("one hundred and five", "105"), ("It's 2 o'clock, isn't it?", "it is two oclock is not it"), ("John's book", "John's book"), ("3:30", "three thirty"),
+    ("Option A: (red)", "option a red"), ("in 1984", "in 1984"), ("5-10 days", "five to ten days"),
+])
+def test_fair_transcripts_have_no_errors(reference, transcript):
+    assert data_prep.word_error_rate(reference, transcript) == 0
+
+
+def test_spelling_is_the_recognisers_own():
+    assert data_prep.word_error_rate("the colour", "the color") == 0.5 and data_prep.word_error_rate("the colour", "the color", {"colour": "color"}) == 0
+
+
 def test_word_error_rate_by_hand():
-    # four -> for (substituted), a word dropped, a word added: 3 of 6 words
-    assert data_prep.word_error_rate("one two three four five six", "one three for five six six") == pytest.approx(3 / 6)
+    # tall -> tell (substituted), a word dropped, a word added: 3 of 6 words
+    assert data_prep.word_error_rate("red green blue tall small thin", "red blue tell small thin thin") == pytest.approx(3 / 6)
     assert data_prep.word_error_rate("It's 2 o'clock, isn't it?", "it is two oclock is not it") == 0
     assert data_prep.reading_error("who option d x", "who option d x") == 0
     assert data_prep.reading_error("who option d x", "who option x") == 1.0
+    asked = "which option describes it option d x"  # "option describes" is no option d
+    assert data_prep.reading_error(asked, "which option describes it") == 1.0 and data_prep.reading_error(asked, asked) == 0
+    assert data_prep.reading_error("is option d right option d x", "is option d right") == 1.0
 
 
 def test_blanks_are_said_as_words():
     assert data_prep.without_blanks("He was born in ____.") == "He was born in what?"
     assert data_prep.without_blanks("The __ is red") == "The what is red"
+    assert data_prep.without_blanks("What does __init__ do?") == "What does __init__ do?"
     assert data_prep.without_blanks("A __ and a ___ meet") == "A first blank and a second blank meet"
 
 
