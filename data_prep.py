@@ -36,47 +36,20 @@ import torch.nn.functional as F
 import torchaudio
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2_5OmniThinkerConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    VitsModel,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5OmniThinkerConfig
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration, VitsModel, WhisperFeatureExtractor
+from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from tars import (
-    COLUMNS,
-    DEVICE,
-    LETTERS,
-    SAMPLE_RATE,
-    SYSTEM_PROMPT,
-    ClipError,
-    Qwen25Omni,
-    SpeechLM,
-    UserError,
-    extract_answers,
-    judge,
-    load_helper,
-    load_model,
-    open_pretrained,
-    read_clip,
-    run,
-    write_aside,
-    write_json,
-    written_question,
-)
+from tars import COLUMNS, DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, ClipError, Qwen25Omni, SpeechLM, UserError
+from tars import extract_answers, judge, load_helper, load_model, open_pretrained, read_clip, run, write_aside
+from tars import write_json, written_question
 
-# ======================================================================================================================
-# 1. The demo's questions: two-step sums over 0..9, four options
-#
+# ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
 # model is a Qwen2.5-Omni thinker of 1.2 M parameters. It is trained as speech LLMs are: first the LLM learns to reason
 # in writing; then it is frozen, and audio encoder and projector learn to feed it. Stage 2 is stopped early on purpose:
 # the model then reasons well in writing and badly in speech, which is the gap that TARS closes.
-# ======================================================================================================================
 DIGITS = "zero one two three four five six seven eight nine".split()
 SIGNS = {"plus": 1, "minus": -1}
 
@@ -116,9 +89,7 @@ def worked_answer(expression, letter):
     return f"<think>{sums} {LETTERS[letter]}</think><answer>The answer is {LETTERS[letter]}.</answer>"
 
 
-# ======================================================================================================================
-# 2. The demo's voice: each letter of a word is a triple of formants
-# ======================================================================================================================
+# ==== 2. The demo's voice: each letter of a word is a triple of formants ==============================================
 VOWELS = "aeiou"
 # Spread over the vowel plane by an irrational step, so that no two letters share a triple.
 FORMANTS = {letter: (250 + 650 * (i * 0.618 % 1), 950 + 1450 * (i * 0.382 % 1), 2500 + 1200 * (i * 0.786 % 1))
@@ -171,9 +142,7 @@ def wav_bytes(waveform):
     return buffer.getvalue()
 
 
-# ======================================================================================================================
-# 3. The demo's base model
-# ======================================================================================================================
+# ==== 3. The demo's base model ========================================================================================
 PAUSE = " …"  # what the LLM's own vocabulary has for silence
 
 
@@ -224,7 +193,6 @@ def demo_model(tokenizer):
 
 def lesson(expressions, rng, step, steps):
     """24 exercises (expression, look_up). With look_up the result is given; only its letter must be found.
-
     Looking up comes first and alone: mixed with sums from the start it is learnt much later. Then one-step sums are
     mixed with the two-step ones, so that the LLM learns to add instead of memorising the training sums.
     """
@@ -240,7 +208,6 @@ def lesson(expressions, rng, step, steps):
 
 def text_batch(tokenizer, exercises, rng, pauses):
     """Training rows for the LLM -> ids, attention mask and loss weights, each [rows, T].
-
     With `pauses` above 0 the questions look like speech: no line breaks, and up to that many pause tokens a word on
     average. This makes the LLM robust to audio embeddings, most of which stand for no word.
     """
@@ -311,7 +278,6 @@ def spoken_question(expression, letter, rng, key):
 
 def nearness_loss(states, targets, table, pause):
     """How far audio embeddings [n, H] are from the word embeddings of their targets [n]; pauses weigh a fifth.
-
     Cross-entropy against the embedding table plus squared distance.
     """
     weight = torch.where(targets == pause, 0.2, 1.0)
@@ -345,7 +311,6 @@ def spoken_accuracy(lm, questions):
 
 def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     """Stage 2, the LLM frozen: audio encoder and projector are aligned with the LLM's embeddings, and stopped early.
-
     For the first third of the steps each audio embedding is aligned with a word embedding of the LLM: that of the word
     where a word ends, that of the pause elsewhere. Then the loss of the worked answer is added, at a twentieth of the
     learning rate, because it learns fast. Training stops when the accuracy on the spoken questions `val` reaches
@@ -386,9 +351,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     print(f"stage 2 ended after step {step}: {100 * accuracy:.1f} % of {len(val)} spoken validation questions right")
 
 
-# ======================================================================================================================
-# 4. The demo as a whole
-# ======================================================================================================================
+# ==== 4. The demo as a whole ==========================================================================================
 # tars.py's defaults for this model instead of the paper's, saved beside it as tars_config.json.
 DEMO_SETTINGS = {
     "data": "../train", "eval_data": "../test", "embedder": "ngrams", "questions_per_step": 16, "max_new_tokens": 26,
@@ -434,9 +397,7 @@ def demo(args):
     print(f"{out}: base model, {len(rows['train'])} training and {len(rows['test'])} test questions")
 
 
-# ======================================================================================================================
-# 5. Real questions: one function a source, which converts a row
-# ======================================================================================================================
+# ==== 5. Real questions: one function a source, which converts a row ==================================================
 class Lost(Exception):
     """A row that is left out. Rows are counted by the reason; what was found is shown with the row's key."""
 
@@ -602,10 +563,8 @@ def spoken_row(ours, index, args):
     raise Lost(f"not understood by Whisper in {args.tries} tries")
 
 
-# ======================================================================================================================
-# 6. Speech synthesis and recognition
-# ======================================================================================================================
-YEAR = r"(1[1-9]\d\d|20\d\d)"
+# ==== 6. Speech synthesis and recognition =============================================================================
+YEAR = r"(1\d\d\d|20\d\d)"
 NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
 UNITS = dict(pair.split(":") for pair in (
     "km:kilometer m:meter cm:centimeter mm:millimeter nm:nanometer kg:kilogram g:gram mg:milligram s:second h:hour "
@@ -626,7 +585,9 @@ SYMBOLS = {
     "√": "square root of", "€": "euro", "£": "pound", "$": "dollar"}
 LATEX = {"times": "×", "cdot": "×", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "neq": "≠", "pm": "±", "div": "÷"}
 LATEX |= {name: name for name in "alpha beta gamma delta theta lambda mu pi sigma omega".split()}
-ROMAN = " I II III IV V VI VII VIII IX X".split(" ")
+ROMAN = " I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI".split(" ")
+RULERS = ("Henry|Louis|Charles|George|Edward|James|William|Richard|Elizabeth|Philip|Napoleon|Nicholas|Alexander|"
+          "Catherine|Frederick|Pius|Gregory|Urban")
 MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 
 
@@ -686,6 +647,8 @@ def power(exponent):
 def measure(m):
     """9.8 m/s^2 -> nine point eight meters per second squared."""
     amount, name, exponent, per, exponent_of_per = m.groups()
+    if exponent and not name.endswith("m"):  # 4s^2 is no area
+        return m[0]
     return (f" {number(amount)} {plural(UNITS[name], amount)}{exponent and power(exponent) or ''}"
             f"{per and f' per {UNITS[per]}' or ''}{exponent_of_per and power(exponent_of_per) or ''} ")
 
@@ -698,39 +661,54 @@ SAID = (  # forms, in this order, and how a person says them
     (r"(?<=\d)½", " and a half "), (r"½ (?=[a-z])(?!of\b)", " half a "), ("½", " one half "), ("¼", " one quarter "),
     ("¾", " three quarters "),
     (r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: "^" + m[0].translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+"))),
+    (r"\b([Aa]n?) \$(\d+)(?= [a-z])(?! (?:thousand|[mbtr]+illion))", lambda m: f"{m[1]} {number(m[2])} dollar"),
     (r"([$€£])\s?(\d+(?:,\d{3})*)(?:\.(\d+))?(?:\s(thousand|million|billion|trillion)\b)?", money),
-    (rf"\b{YEAR}s\b", lambda m: re.sub("y$", "ie", number(m[1], "year")) + "s"),
+    (r"\b(\d+)\s?¢", lambda m: f"{number(m[1])} {plural('cent', m[1])}"), (r"(?<![\d.])\.(?=\d)", "0."),
+    (rf"\b([Aa]n?) ({NUMBER})\s?({UNIT})(?= [a-z])", lambda m: f"{m[1]} {number(m[2])} {UNITS[m[3]]}"),
+    (rf"\b([Aa]n?) ({NUMBER})\s?°(?= [a-z])", lambda m: f"{m[1]} {number(m[2])} degree"),
+    (rf"'?\b({YEAR}|[2-9]0)s\b", lambda m: re.sub("y$", "ie", number(m[1], "year")) + "s"),
     (rf"\b{YEAR}\s?[-–—]\s?{YEAR}\b", lambda m: f"{number(m[1], 'year')} to {number(m[2], 'year')}"),
     (rf"\b((?:[Ii]n|[Ss]ince|[Uu]ntil|[Yy]ear|[Bb]efore|[Aa]fter|[Dd]uring|{MONTH})(?: \d\d?(?:st|nd|rd|th)?)?,?) "
      rf"{YEAR}\b(?![.,]\d|\s?(?:%|(?:{UNIT})\b))", lambda m: f"{m[1]} {number(m[2], 'year')}"),
     (r"\b(\d+)(?:st|nd|rd|th)\b", lambda m: number(m[1], "ordinal")),
     (r"\b(\d\d?):(\d\d)\s*(?:([ap])\.?\s?m\b\.?)?", clock), (r"\b(\d+):(\d+)\b", r" \1 to \2 "),
-    (r"(?<![\d/])(\d{1,4})\s?[/⁄]\s?(\d{1,4})(?![\d/])", fraction),
+    (r"(?<=\d) (?=\d/\d)", " and "), (r"(?<![\d/])(\d{1,4})\s?[/⁄]\s?(\d{1,4})(?![\d/])", fraction),
     (rf"({NUMBER})\s?°\s?C\b", r"\1 degrees celsius"), (rf"({NUMBER})\s?°\s?F\b", r"\1 degrees fahrenheit"),
     (rf"({NUMBER})\s?[-–]\s?({NUMBER})(?=\s*=)|({NUMBER})\s+[-–−]\s+({NUMBER})|({NUMBER})−({NUMBER})",
      lambda m: " minus ".join(filter(None, m.groups()))),
-    (rf"({NUMBER})[-–]({NUMBER})(?=\s?(?:[A-Za-z%°$]))|({NUMBER})–({NUMBER})",
+    (rf"({NUMBER})[-–]({NUMBER})(?=\s?(?:[A-Za-z%°$]))|({NUMBER})–({NUMBER})|"
+     rf"(?<=ages )({NUMBER})-({NUMBER})|(?<=ines )({NUMBER})-({NUMBER})",  # pages, ages, lines
      lambda m: " to ".join(filter(None, m.groups()))),
-    (rf"(?<![\w.])({NUMBER})\s?({UNIT})(?:\^(\{{?[23]\}}?))?(?:/({UNIT})(?:\^(\{{?[23]\}}?))?)?(?![\w^/])", measure),
+    (rf"(?<![\w.^])({NUMBER})\s?({UNIT})(?:\^(\{{?[23]\}}?))?(?:/({UNIT})(?:\^(\{{?[23]\}}?))?)?(?![\w^/])", measure),
     (r"\^(\{[^{}]+\}|\([^()]+\)|[-−+]?\w+)", lambda m: power(m[1])),
     (r"(?<![\w.)])[-−](?=\d|[a-z]\b)", " minus "), (r"(?<=[\w)]) [-−–] (?=\d|[a-z]\b)", " minus "),
     (rf"\b(War|Chapter|Part|Act|Phase|Stage|Article|Section|Title|Volume|Book|Level|Type) ({'|'.join(ROMAN[1:])})\b",
      lambda m: f"{m[1]} {number(str(ROMAN.index(m[2])))}"),
+    (rf"\b({RULERS}) ({'|'.join(ROMAN[:0:-1])})\b",
+     lambda m: f"{m[1]} the {number(str(ROMAN.index(m[2])), 'ordinal')}"),
+    (r"\b(?:III|II|IV|I|V)(?:(?:,? and |,? or |, )(?:III|II|IV|V)\b)+|\b(?:III|II|IV|I|V)(?= only\b)",
+     lambda m: re.sub(r"\b[IV]+\b", lambda roman: number(str(ROMAN.index(roman[0]))), m[0])),
+    (r"\bNo\. (?=\d)", "number "), (r"\bSt\. (?=[A-Z])", "saint "), (r"(?<=[a-z] )St\.", "street"),
     ("|".join(rf"(?<!\w){re.escape(short)}(?=\W|$)" for short in WRITTEN), lambda m: f" {WRITTEN[m[0]]} "),
+    (r"\b(km|m|cm)/(s|h|min)\b", lambda m: f"{UNITS[m[1]]}s per {UNITS[m[2]]}"),
     (r"\b([a-zA-Z])\s?/\s?([a-zA-Z])\b", r" \1 over \2 "),
     ("|".join(map(re.escape, sorted(SYMBOLS, key=len, reverse=True))), lambda m: f" {SYMBOLS[m[0]]} "),
 )
+
+
+NO_RULE = r"(?:[A-Z][a-z]?\d+){2,}|\w\)\d|https?://|www\.|\+\+|==|\[\w+\] \d"  # chemistry, addresses, code
 
 
 def spell_out(text, strict=True):
     """Text -> lower-case words of a-z and apostrophes, as a person says them; line ends become ". ".
     Raises Lost where no rule says how: most LaTeX, 5-10 without a unit, other scripts. If not strict, it is dropped.
     """
-    text = text.strip()
+    whole = text = text.strip()
     for form, said in SAID:
         text = re.sub(form, said, text)
-    if strict and (left := re.search(r"\\[a-zA-Z]+|\d-\d|[\^_]", text)):
-        raise Lost("a form that no rule reads aloud", left[0])
+    unread = re.search(NO_RULE, whole) or re.search(r"\\[a-zA-Z]+|\d-\d|[\^_]", text)
+    if strict and unread:
+        raise Lost("a form that no rule reads aloud", unread[0])
     text = re.sub(NUMBER, lambda m: f" {number(m[0])} ", unicodedata.normalize("NFKC", text))
     said = ""
     for c in unicodedata.normalize("NFKD", text):
@@ -741,6 +719,7 @@ def spell_out(text, strict=True):
             said += f" {name.split()[-1].lower()} "
         elif kind[0] != "M":  # accents go
             said += c if re.match(r"[a-zA-Z'. ]", c) else " "
+    said = re.sub(r"(?<![a-zA-Z])'|'(?![a-zA-Z])", " ", said)  # quotes; apostrophes stay
     return re.sub(r"\s+(?=\.)", "", " ".join(said.lower().split()))
 
 
@@ -808,9 +787,7 @@ class Listener:
         return self.tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-# ======================================================================================================================
-# 7. From a source to a data set; a stopped run continues
-# ======================================================================================================================
+# ==== 7. From a source to a data set; a stopped run continues =========================================================
 class Source(NamedTuple):
     """Where a source's rows are, which columns they must have, and the function that converts one."""
 
@@ -860,7 +837,6 @@ def own_files(source, place):
 
 def open_source(source, origin):
     """A source's rows as one Dataset, clips undecoded: from the hub, a save_to_disk directory, or parquet/arrow files.
-
     Raises UserError if there is nothing at `origin` or a column is missing.
     """
     place = Path(origin)

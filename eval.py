@@ -38,60 +38,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_prep import Listener, decode_clip, resume, wav_bytes, word_error_rate
-from tars import (
-    DEVICE,
-    DTYPE,
-    FAMILIES,
-    LETTERS,
-    MODALITIES,
-    SAMPLE_RATE,
-    SYSTEM_PROMPT,
-    TEXT,
-    Config,
-    LoRALinear,
-    NGramEmbedder,
-    Phi4Multimodal,
-    Qwen25Omni,
-    SpeechLM,
-    UserError,
-    XFinder,
-    answer_greedily,
-    attach_lora,
-    check,
-    extract_answers,
-    family_of,
-    grpo_loss,
-    judge,
-    layer_weights,
-    load_embedder,
-    load_extractor,
-    load_helper,
-    load_questions,
-    make_trainable,
-    modality_advantages,
-    modality_recovery_rate,
-    pad_left,
-    parse_config,
-    peak_memory,
-    positions,
-    question_batches,
-    read_clip,
-    reference_features,
-    representation_reward,
-    run,
-    to_device,
-    token_weights,
-    train_step,
-    without_lora,
-)
+from tars import DEVICE, DTYPE, FAMILIES, LETTERS, MODALITIES, SAMPLE_RATE, SYSTEM_PROMPT, TEXT, Config, LoRALinear
+from tars import NGramEmbedder, Phi4Multimodal, Qwen25Omni, SpeechLM, UserError, XFinder, answer_greedily
+from tars import attach_lora, check, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
+from tars import load_extractor, load_helper, load_questions, make_trainable, modality_advantages
+from tars import modality_recovery_rate, pad_left, parse_config, peak_memory, positions, question_batches, read_clip
+from tars import reference_features, representation_reward, run, to_device, token_weights, train_step, without_lora
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
 
 
-# ======================================================================================================================
-# 1. Numbers
-# ======================================================================================================================
+# ==== 1. Numbers ======================================================================================================
 def wilson(right, n, z=1.96):
     """95 % Wilson interval of a share, `right` of `n` -> (low, high), each 0 to 1."""
     share, spread = right / n, z**2 / n
@@ -114,9 +72,7 @@ def table(head, rows):
     return "\n".join(map(line, [head, *rows]))
 
 
-# ======================================================================================================================
-# 2. Table 1: accuracy on speech (A) and on text (T), MRR
-# ======================================================================================================================
+# ==== 2. Table 1: accuracy on speech (A) and on text (T), MRR =========================================================
 def load_adapter(lm, path):
     """Attach a saved adapter in place of any other. Raises UserError if it is missing, broken or of another model."""
     path = Path(path)
@@ -171,7 +127,6 @@ def fingerprint(folder):
 
 def cached_records(name, data, questions, each, answer, args, cfg):
     """The records of one measurement, `each` of them a question, in order; all are kept in a file in args.out.
-
     Those of an earlier run are read from there, the rest come in batches from answer(first question). The file's name
     holds a hash of everything the answers depend on.
     """
@@ -258,9 +213,7 @@ def row_of(name, measured, base_text):
     return [name, *cells, *map(shown, average.values()), lost, shown(mrr)]
 
 
-# ======================================================================================================================
-# 3. Word error rate: did recognition improve, and not reasoning?
-# ======================================================================================================================
+# ==== 3. Word error rate: did recognition improve, and not reasoning? =================================================
 def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = []
@@ -324,12 +277,9 @@ def agreement(args, sets):
     print(table(["kept answers", "n", "agree", "regex: none", "xFinder: none", "another letter"], rows))
 
 
-# ======================================================================================================================
-# 4. Figure 2: how far spoken and written states drift apart, layer by layer
-# ======================================================================================================================
+# ==== 4. Figure 2: how far spoken and written states drift apart, layer by layer ======================================
 def token_cosines(speech, text, completion_mask):
     """States [L, b, C, H] of the same tokens under both prompts, mask [b, C] -> cosine per layer, [b, L].
-
     Token by token, then averaged over the tokens of an answer.
     """
     cosines = F.cosine_similarity(speech.float(), text.float(), dim=-1) * completion_mask  # [L, b, C]
@@ -374,9 +324,7 @@ def drift(args, cfg, sets):
         save(figure, args.plot)
 
 
-# ======================================================================================================================
-# 5. Curves over training
-# ======================================================================================================================
+# ==== 5. Curves over training =========================================================================================
 def curves(args):
     """Plot rewards, accuracy in roll-outs and on the evaluation set, and MRR over steps; print where time went."""
     plt = pyplot()
@@ -451,9 +399,7 @@ def save(figure, path):
     print(f"figure: {path}")
 
 
-# ======================================================================================================================
-# 6. --explain: one group worked through, equation by equation
-# ======================================================================================================================
+# ==== 6. --explain: one group worked through, equation by equation ====================================================
 def recorded(function, results):
     """The same function; what it returns is also appended to `results`."""
 
@@ -466,7 +412,6 @@ def recorded(function, results):
 
 def explain(args):
     """What one training step computes for the first question, each equation with its numbers, within 100 columns.
-
     Settings, and the adapter once it is saved, are those of the run args.explain; without one, those of args.model.
     """
     cfg = settings_of(args.explain) if args.explain else parse_config(["--model", args.model], not_built)
@@ -552,9 +497,7 @@ def settings_of(folder):
     return Config(**{field.name: saved[field.name] for field in fields(Config) if field.name in saved})
 
 
-# ======================================================================================================================
-# 7. --random-weights: does a run fit the GPU?
-# ======================================================================================================================
+# ==== 7. --random-weights: does a run fit the GPU? ====================================================================
 # Settings of the hub's models that differ from transformers' defaults: of the model, of the audio feature extractor.
 HUB_SETTINGS = {
     Qwen25Omni: ({"vision_config": {"hidden_size": 1280}}, {"feature_size": 128, "chunk_length": 300}),
@@ -576,7 +519,6 @@ def byte_tokenizer(family):
 
 def with_random_weights(path):
     """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
-
     `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
     Answers never end by themselves. Raises UserError for another name.
     """
@@ -597,7 +539,6 @@ def with_random_weights(path):
 
 def random_weights(args):
     """Two training steps on noise, every answer of full length, to see seconds a phase and peak memory.
-
     Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
     """
     given = ("questions_per_step", "group_size", "max_new_tokens", "tokens_per_micro_batch")
@@ -624,9 +565,7 @@ def random_weights(args):
               f"{metrics['tokens'] / seconds:>11.0f}{peak_memory(lm.device):>11.2f}", flush=True)
 
 
-# ======================================================================================================================
-# 8. The command line
-# ======================================================================================================================
+# ==== 8. The command line =============================================================================================
 def main(arguments=None):
     """Parse the command line and run one of the measurements."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,

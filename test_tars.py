@@ -2348,6 +2348,11 @@ def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
     # units
     ("9.8 m/s^2", "nine point eight meters per second squared"), ("60 mph", "sixty miles per hour"), ("20 °C", "twenty degrees celsius"), ("90 °", "ninety degrees"),
     ("1 kg", "one kilogram"), ("50 Hz", "fifty hertz"), ("100 km/h", "one hundred kilometers per hour"), ("1500 m", "one thousand five hundred meters"), ("20%", "twenty percent"),
+    ("a 5 kg block", "a five kilogram block"), ("a 45° angle", "a forty five degree angle"), ("a $10 bill", "a ten dollar bill"), ("50¢", "fifty cents"),
+    ("3 × 10^8 m/s", "three times ten to the power of eight meters per second"), ("p = .05", "p equals zero point zero five"), ("1 1/2 cups", "one and one half cups"),
+    ("pages 4-7", "pages four to seven"), ("the early '70s", "the early seventies"), ("since 1066", "since ten sixty six"),
+    ("Henry VIII", "henry the eighth"), ("I and III only", "one and three only"), ("I, II, and IV", "one two and four"), ("I am", "i am"),
+    ("St. Augustine", "saint augustine"), ("on Main St. today", "on main street today"), ("Symphony No. 5", "symphony number five"), ("a 'free' word", "a free word"),
     # letters, abbreviations, signs
     ("café, Gödel", "cafe godel"), ("α-decay", "alpha decay"), ("World War II", "world war two"), ("Dr. Smith vs. Mr. Jones", "doctor smith versus mister jones"),
     ("e.g.", "for example"), ("A -> B", "a to b"), ("and/or", "and or"), ("Who?\nOption A: I", "who. option a i"), ("don’t (ever)", "don't ever"), ("CO₂", "co two"),
@@ -2359,6 +2364,7 @@ def test_spelled_out_as_a_person_says_it(text, spoken):
 
 @pytest.mark.parametrize("text, reason", [
     ("北京", "not English text"), ("a \N{GRINNING FACE}", "not English text"), (r"\int x", "no rule"), ("5-10", "no rule"), ("\N{N-ARY SUMMATION}x", "not English"), ("x_1", "no rule"),
+    ("C6H12O6", "no rule"), ("Fe2(SO4)3", "no rule"), ("https://example.com", "no rule"), ("i++", "no rule"),
 ])
 def test_what_no_rule_says_is_lost_and_not_guessed(text, reason):
     with pytest.raises(data_prep.Lost, match=reason):
