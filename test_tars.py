@@ -1741,15 +1741,18 @@ def test_second_signal_stops_at_once(small_demo, tmp_path):
     assert process.wait(timeout=10) == -signal.SIGTERM and (tmp_path / "run" / "checkpoints" / "step-0000000.safetensors").exists()
 
 
-def test_a_signal_during_an_evaluation_ends_it_at_once(small_demo, tmp_path):
-    code = ("import sys, time, tars\ndef slow(*args):\n    print('evaluating', flush=True)\n    time.sleep(60)\n"
+@pytest.mark.parametrize("which, there", [(1, "there is no checkpoint yet"), (2, "step-0000004.safetensors is there: the same command with --resume continues")])
+def test_a_signal_during_an_evaluation_ends_it_at_once(small_demo, tmp_path, which, there):
+    """The first evaluation is of the base model; the second comes after step 4, whose checkpoint is written before it."""
+    code = ("import sys, time, tars\nevaluate, calls = tars.evaluate, []\ndef slow(*args):\n    calls.append(1)\n"
+            f"    if len(calls) < {which}:\n        return evaluate(*args)\n    print('evaluating', flush=True)\n    time.sleep(60)\n"
             "tars.evaluate = slow\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))\n")
     process = subprocess.Popen([sys.executable, "-c", code, *long_flags(small_demo, tmp_path / "run")[1:]], cwd=HERE, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert next(line for line in process.stdout if line == "evaluating\n")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=10)
-    assert process.returncode == 130 and errors.splitlines()[-1] == "tars.py: interrupted; there is no checkpoint yet"
+    assert process.returncode == 130 and errors.splitlines()[-1].startswith("tars.py: interrupted; ") and errors.rstrip().endswith(there)
 
 
 # ======================================================================================================================
