@@ -42,8 +42,8 @@ from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from tars import COLUMNS, DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, ClipError, Qwen25Omni, SpeechLM, UserError
-from tars import extract_answers, judge, load_helper, load_model, open_pretrained, read_clip, run, write_aside
-from tars import write_json, written_question
+from tars import check_length, extract_answers, judge, load_helper, load_model, open_pretrained, read_clip, run
+from tars import write_aside, write_json, written_question
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
@@ -406,7 +406,7 @@ class Lost(Exception):
         self.reason = reason
 
 
-def text(cell, what):
+def cell_text(cell, what):
     """A cell that must hold text, stripped. Raises Lost if it is empty, or holds something else."""
     if cell is None or (isinstance(cell, str) and not cell.strip("\u200b\ufeff \t\r\n\u00a0")):
         raise Lost(f"an empty {what}")
@@ -425,7 +425,7 @@ def checked(question, options, answer, prompt):
     index = LETTERS.index(letter[1].upper()) if letter else answer
     if type(index) is not int or index not in range(4):  # neither True nor 1.0 is an index
         raise Lost("the answer is none of the options", repr(answer))
-    return {"question": text(question, "question"), "options": [text(option, "option") for option in options],
+    return {"question": cell_text(question, "question"), "options": [cell_text(option, "option") for option in options],
             "answer_index": index, "prompt_for_tts": prompt}
 
 
@@ -454,9 +454,7 @@ def decode_clip(data, key="clip"):
     waveform = torch.from_numpy(samples).mean(-1)  # [T]
     if not waveform.isfinite().all():
         raise ClipError(key, "a clip with NaN samples")
-    if not 0.1 <= len(waveform) / rate <= 300:
-        raise ClipError(key, f"a clip {'shorter than 0.1' if len(waveform) < 0.1 * rate else 'longer than 300'} s",
-                        f" ({len(waveform) / rate:.2f} s)")
+    check_length(len(waveform) / rate, key)
     return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
 
 
@@ -479,7 +477,7 @@ def clean_clip(audio, key, max_seconds):
 
 def from_tars(index, row, args):
     """A row of the authors' training set: same column names, the clip is converted."""
-    ours = checked(row["question"], row["options"], row["answer_index"], text(row["prompt_for_tts"], "prompt"))
+    ours = checked(row["question"], row["options"], row["answer_index"], cell_text(row["prompt_for_tts"], "prompt"))
     wer = row.get("tts_wer")
     ours["tts_wer"] = float(wer) if isinstance(wer, (int, float)) else None  # "n/a" is unknown too
     return ours | {"audio": clean_clip(row["audio"], row["key"], args.max_seconds)}
@@ -515,8 +513,8 @@ def parse_prompt(prompt):
 
 def from_voicebench(index, row, args):
     """A row of VoiceBench's mmsu or openbookqa: question and options stand in the prompt, the answer is a letter."""
-    prompt = text(row["prompt"], "prompt")
-    ours = checked(*parse_prompt(prompt), text(row["reference"], "reference"), prompt)
+    prompt = cell_text(row["prompt"], "prompt")
+    ours = checked(*parse_prompt(prompt), cell_text(row["reference"], "reference"), prompt)
     return ours | {"category": row.get("category"), "audio": clean_clip(row["audio"], f"row {index}", args.max_seconds)}
 
 
@@ -544,13 +542,17 @@ def from_csv(index, row, args):
     if not row.get("wav"):
         return spoken_row(ours, index, args)
     clip = {"bytes": None, "path": str(Path(args.origin).parent / row["wav"])}
-    prompt = written_question(ours | {"question": without_blanks(ours["question"])})
-    return ours | {"prompt_for_tts": prompt, "audio": clean_clip(clip, f"row {index}", args.max_seconds)}
+    return ours | {"prompt_for_tts": prompt_of(ours), "audio": clean_clip(clip, f"row {index}", args.max_seconds)}
+
+
+def prompt_of(ours):
+    """What is read aloud of a row: question and options as they are written, blanks as words."""
+    return written_question(ours | {"question": without_blanks(ours["question"])})
 
 
 def spoken_row(ours, index, args):
     """The row, spoken up to args.tries times: the first clip with a word error rate below 10 % is kept."""
-    ours["prompt_for_tts"] = written_question(ours | {"question": without_blanks(ours["question"])})
+    ours["prompt_for_tts"] = prompt_of(ours)
     if len(ours["prompt_for_tts"]) > 2000:
         raise Lost("longer than 2000 characters")
     for attempt in range(args.tries):
@@ -953,7 +955,7 @@ def convert(name, args):
 
 
 def load_speech_models(args):
-    """The speech synthesis and recognition models of `mmlu`."""
+    """The speech synthesis and recognition models of the sources that speak."""
     return (load_helper(Voice, "--tts", args.tts, DEVICE),
             load_helper(Listener, "--asr", args.asr, DEVICE))
 

@@ -222,14 +222,15 @@ def transcribe(args, cfg, sets):
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
             raise UserError(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
                             "this model (the demo's, say) was never taught to transcribe")
+        with torch.no_grad():
+            before, request, after = (lm.embed_text(part, special=True)
+                                      for part in (before, ASR_REQUEST, lm.family.after_user))
         cells = []
         for questions in sets.values():
             errors = []
             for batch in question_batches(questions, cfg.eval_batch, "asr"):
                 with torch.no_grad():
-                    around = [lm.embed_text(before, special=True), lm.embed_text(ASR_REQUEST),
-                              lm.embed_text(lm.family.after_user, special=True)]
-                    prompts = [[torch.cat([around[0], lm.spoken_turn(q), *around[1:]])] for q in batch]
+                    prompts = [[torch.cat([before, lm.spoken_turn(q), request, after])] for q in batch]
                 outputs = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
                 errors += [word_error_rate(q["prompt_for_tts"], transcript(text)) for q, text in zip(batch, outputs)]
             mean, half = mean_and_interval(100 * np.array(errors))
@@ -255,7 +256,7 @@ def ask(args, cfg):
         print(f"{name}: {lm.detokenize(ids, mask)[0]}{' ... (cut)' if truncated else ''}")
 
 
-def agreement(args, sets):
+def agreement(args, cfg, sets):
     """Print how far the regular expressions and an xFinder agree on the answers that are kept in args.out."""
     finder, rows = load_helper(XFinder, "--agree", args.agree, DEVICE), []
     for file in sorted(Path(args.out).glob("*.jsonl")):
@@ -265,7 +266,7 @@ def agreement(args, sets):
         by_key = {question["key"]: question for question in sets[begun["data"]].remove_columns("audio")}
         records = [record for record in records if record["key"] in by_key]
         pairs = []
-        for batch in question_batches(records, args.eval_batch or Config.eval_batch, file.stem):
+        for batch in question_batches(records, cfg.eval_batch, file.stem):
             asked, outputs = [by_key[record["key"]] for record in batch], [record["completion"] for record in batch]
             pairs += zip(extract_answers(asked, outputs), finder(asked, outputs))
         counts = [sum(ours == theirs for ours, theirs in pairs), sum(ours is None for ours, _ in pairs),
@@ -623,7 +624,7 @@ def main(arguments=None):
         questions = questions.select(range(min(args.limit or len(questions), len(questions))))
         sets[name if names.count(name) == 1 else path] = questions  # two folders of one name are told apart
     if args.agree:
-        return agreement(args, sets)
+        return agreement(args, cfg, sets)
     (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)
 
 

@@ -387,7 +387,7 @@ class SpeechLM:
     def from_pretrained(cls, path):
         """A model directory or hub name -> SpeechLM. Raises UserError if a part is missing or broken."""
         family, _ = family_of(path)
-        revision = family.revision if path == family.repository else "main"
+        revision = revision_of(family, path)
         # AutoTokenizer would build the class that tokenizer_config.json names and ignore half of tokenizer.json.
         tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, path, revision=revision)
         feature_extractor = open_pretrained(family.feature_extractor_class.from_pretrained, path, revision=revision)
@@ -743,6 +743,13 @@ class ClipError(UserError):
         self.reason = reason
 
 
+def check_length(seconds, key):
+    """Raise ClipError for a clip that the encoders cannot take."""
+    if not 0.1 <= seconds <= 300:
+        limit = "shorter than 0.1" if seconds < 0.1 else "longer than 300"
+        raise ClipError(key, f"a clip {limit} s", f" ({seconds:.2f} s)")
+
+
 def read_clip(data, key="clip"):
     """16-bit mono WAV bytes at 16 kHz, as data_prep.py writes them -> float32 waveform [T] in -1..1.
     Raises ClipError for other bytes, and for less than 0.1 s or more than 300 s, the encoders' limit.
@@ -755,9 +762,7 @@ def read_clip(data, key="clip"):
         raise ClipError(key, "an unreadable clip", f" ({error}): convert it with data_prep.py") from error
     if (rate, width, channels) != (SAMPLE_RATE, 2, 1):
         raise ClipError(key, "a clip that is no 16-bit mono WAV at 16 kHz", ": convert it with data_prep.py")
-    if not 0.1 <= (seconds := len(samples) / rate) <= 300:
-        limit = "shorter than 0.1" if seconds < 0.1 else "longer than 300"
-        raise ClipError(key, f"a clip {limit} s", f" ({seconds:.2f} s)")
+    check_length(len(samples) / rate, key)
     return torch.from_numpy(samples.astype(np.float32) / 2**15)
 
 
@@ -887,12 +892,17 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def revision_of(family, path):
+    """The branch to load: a family's own belongs to its repository alone, not to copies of it."""
+    return family.revision if path == family.repository else "main"
+
+
 def family_of(path):
     """The family of a speech LLM and its number of layers, by config.json. Raises UserError for an unknown family."""
     known = {name: family for family in FAMILIES for name in family.model_types}
     family = known[model_type_of(path, known)]
-    revision = family.revision if path == family.repository else "main"
-    config = open_pretrained(family.model_class.config_class.from_pretrained, path, revision=revision)
+    config_class = family.model_class.config_class
+    config = open_pretrained(config_class.from_pretrained, path, revision=revision_of(family, path))
     return family, config.get_text_config().num_hidden_layers
 
 
