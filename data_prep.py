@@ -24,8 +24,10 @@ import shutil
 import unicodedata
 import wave
 from collections import Counter
-from itertools import product
+from functools import partial
+from itertools import product, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import datasets
@@ -41,9 +43,9 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration, VitsModel, 
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from tars import COLUMNS, DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, ClipError, Qwen25Omni, SpeechLM, UserError
-from tars import check_length, extract_answers, judge, load_helper, load_model, open_pretrained, read_clip, run
-from tars import write_aside, write_json, written_question
+from tars import DEVICE, FEATURES, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, ClipError, Parser, Qwen25Omni, SpeechLM
+from tars import UserError, check_length, check_writable, extract_answers, is_blank, judge, load_helper, load_model
+from tars import number, open_pretrained, parse_json, read_clip, run, write_aside, write_json, written_question
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
@@ -359,11 +361,18 @@ DEMO_SETTINGS = {
 }
 
 
+def new_folder(out):
+    """A path to write to. Raises UserError if it exists, or cannot be made."""
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already: remove it to make it anew, or give another --out")
+    check_writable(out)
+    return out
+
+
 def demo(args):
     """The offline demo under args.out: model/ (the base model), train/, val/ and test/ (spoken questions)."""
-    out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it to build the demo anew, or give another --out")
+    out = new_folder(args.out)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     sums = list(expressions())
@@ -385,15 +394,16 @@ def demo(args):
     train_encoder(lm, rows["train"], words["train"], answers["train"], rows["val"], rng, args.speech_steps,
                   args.stop_at)
 
-    aside = out.with_name(out.name + ".part")  # renamed when all of it is written
-    shutil.rmtree(aside, ignore_errors=True)
-    for part in parts:
-        questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
-        questions.save_to_disk(aside / part)
-    for piece in (model, tokenizer, lm.feature_extractor):
-        piece.save_pretrained(aside / "model")
-    write_json(aside / "model" / "tars_config.json", DEMO_SETTINGS)
-    aside.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=out.name) as folder:  # renamed when all of it is written
+        aside = Path(folder) / out.name
+        for part in parts:
+            questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
+            questions.save_to_disk(aside / part)
+        for piece in (model, tokenizer, lm.feature_extractor):
+            piece.save_pretrained(aside / "model")
+        write_json(aside / "model" / "tars_config.json", DEMO_SETTINGS)
+        aside.rename(out)
     print(f"{out}: base model, {len(rows['train'])} training and {len(rows['test'])} test questions")
 
 
@@ -408,10 +418,10 @@ class Lost(Exception):
 
 def cell_text(cell, what):
     """A cell that must hold text, stripped. Raises Lost if it is empty, or holds something else."""
-    if cell is None or (isinstance(cell, str) and not cell.strip("\u200b\ufeff \t\r\n\u00a0")):
-        raise Lost(f"an empty {what}")
-    if not isinstance(cell, str):
+    if not isinstance(cell, str | None):
         raise Lost(f"{what} that is no text", repr(cell))
+    if is_blank(cell):
+        raise Lost(f"an empty {what}")
     return cell.strip()
 
 
@@ -449,7 +459,7 @@ def decode_clip(data, key="clip"):
             samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [T, channels]
         except Exception as error:
             raise ClipError(key, "an unreadable clip", f" ({str(error).splitlines()[0]})") from error
-    if not 4_000 <= rate <= 400_000:
+    if rate < 4_000 or rate * SAMPLE_RATE > 2e8 * math.gcd(rate, SAMPLE_RATE) ** 2:  # the filter to resample: 800 MB
         raise ClipError(key, "an unreadable clip", f" (a rate of {rate} Hz)")
     waveform = torch.from_numpy(samples).mean(-1)  # [T]
     if not waveform.isfinite().all():
@@ -593,7 +603,7 @@ RULERS = ("Henry|Louis|Charles|George|Edward|James|William|Richard|Elizabeth|Phi
 MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 
 
-def number(digits, to="cardinal"):
+def in_words(digits, to="cardinal"):
     """"1,984" or "3.14" -> words; one by one where a zero leads or there are too many. Needs num2words."""
     try:
         from num2words import num2words
@@ -601,8 +611,8 @@ def number(digits, to="cardinal"):
         raise UserError("saying numbers needs num2words: pip install num2words") from error
     whole, _, fraction = digits.replace(",", "").partition(".")
     alone = (len(whole) > 1 and whole[0] == "0") or len(whole) > 15
-    said = " ".join(map(number, whole)) if alone else re.sub(r"[-,]| and ", " ", num2words(int(whole), to=to))
-    return " ".join(f"{said}{fraction and ' point '}{' '.join(map(number, fraction))}".split())
+    said = " ".join(map(in_words, whole)) if alone else re.sub(r"[-,]| and ", " ", num2words(int(whole), to=to))
+    return " ".join(f"{said}{fraction and ' point '}{' '.join(map(in_words, fraction))}".split())
 
 
 def plural(word, count):
@@ -619,8 +629,8 @@ def money(m):
     sign, whole, cents, scale = m.groups()
     name, small = {"$": ("dollar", "cent"), "€": ("euro", "cent"), "£": ("pound", "penny")}[sign]
     if scale or len(cents or "00") != 2:
-        return f" {number(whole + (f'.{cents}' if cents else ''))} {scale or ''} {name}s "
-    parts = [f"{number(str(n))} {plural(word, str(n))}" for n, word in
+        return f" {in_words(whole + (f'.{cents}' if cents else ''))} {scale or ''} {name}s "
+    parts = [f"{in_words(str(n))} {plural(word, str(n))}" for n, word in
              ((int(whole.replace(",", "")), name), (int(cents or 0), small)) if n]
     return f" {' and '.join(parts) or f'zero {name}s'} "
 
@@ -629,14 +639,15 @@ def fraction(m):
     """1/2 -> one half; 3/4 -> three quarters; 22/7 -> twenty two over seven."""
     top, bottom = int(m[1]), int(m[2])
     if not 0 < top < bottom <= 10:
-        return f" {number(m[1])} over {number(m[2])} "
-    return f" {number(m[1])} {plural({2: 'half', 4: 'quarter'}.get(bottom) or number(m[2], 'ordinal'), m[1])} "
+        return f" {in_words(m[1])} over {in_words(m[2])} "
+    return f" {in_words(m[1])} {plural({2: 'half', 4: 'quarter'}.get(bottom) or in_words(m[2], 'ordinal'), m[1])} "
 
 
 def clock(m):
     """3:30 pm -> three thirty p m; 9:05 -> nine oh five; 10:00 -> ten o'clock."""
-    minutes = {"00": "" if m[3] else "o'clock"}.get(m[2], f"oh {number(m[2][1])}" if m[2][0] == "0" else number(m[2]))
-    return f" {number(m[1])} {minutes} {f'{m[3]} m' if m[3] else ''} "
+    oh = f"oh {in_words(m[2][1])}" if m[2][0] == "0" else in_words(m[2])
+    minutes = {"00": "" if m[3] else "o'clock"}.get(m[2], oh)
+    return f" {in_words(m[1])} {minutes} {f'{m[3]} m' if m[3] else ''} "
 
 
 def power(exponent):
@@ -651,7 +662,7 @@ def measure(m):
     amount, name, exponent, per, exponent_of_per = m.groups()
     if exponent and not name.endswith("m"):  # 4s^2 is no area
         return m[0]
-    return (f" {number(amount)} {plural(UNITS[name], amount)}{exponent and power(exponent) or ''}"
+    return (f" {in_words(amount)} {plural(UNITS[name], amount)}{exponent and power(exponent) or ''}"
             f"{per and f' per {UNITS[per]}' or ''}{exponent_of_per and power(exponent_of_per) or ''} ")
 
 
@@ -663,16 +674,16 @@ SAID = (  # forms, in this order, and how a person says them
     (r"(?<=\d)½", " and a half "), (r"½ (?=[a-z])(?!of\b)", " half a "), ("½", " one half "), ("¼", " one quarter "),
     ("¾", " three quarters "),
     (r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: "^" + m[0].translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+"))),
-    (r"\b([Aa]n?) \$(\d+)(?= [a-z])(?! (?:thousand|[mbtr]+illion))", lambda m: f"{m[1]} {number(m[2])} dollar"),
+    (r"\b([Aa]n?) \$(\d+)(?= [a-z])(?! (?:thousand|[mbtr]+illion))", lambda m: f"{m[1]} {in_words(m[2])} dollar"),
     (r"([$€£])\s?(\d+(?:,\d{3})*)(?:\.(\d+))?(?:\s(thousand|million|billion|trillion)\b)?", money),
-    (r"\b(\d+)\s?¢", lambda m: f"{number(m[1])} {plural('cent', m[1])}"), (r"(?<![\d.])\.(?=\d)", "0."),
-    (rf"\b([Aa]n?) ({NUMBER})\s?({UNIT})(?= [a-z])", lambda m: f"{m[1]} {number(m[2])} {UNITS[m[3]]}"),
-    (rf"\b([Aa]n?) ({NUMBER})\s?°(?= [a-z])", lambda m: f"{m[1]} {number(m[2])} degree"),
-    (rf"'?\b({YEAR}|[2-9]0)s\b", lambda m: re.sub("y$", "ie", number(m[1], "year")) + "s"),
-    (rf"\b{YEAR}\s?[-–—]\s?{YEAR}\b", lambda m: f"{number(m[1], 'year')} to {number(m[2], 'year')}"),
+    (r"\b(\d+)\s?¢", lambda m: f"{in_words(m[1])} {plural('cent', m[1])}"), (r"(?<![\d.])\.(?=\d)", "0."),
+    (rf"\b([Aa]n?) ({NUMBER})\s?({UNIT})(?= [a-z])", lambda m: f"{m[1]} {in_words(m[2])} {UNITS[m[3]]}"),
+    (rf"\b([Aa]n?) ({NUMBER})\s?°(?= [a-z])", lambda m: f"{m[1]} {in_words(m[2])} degree"),
+    (rf"'?\b({YEAR}|[2-9]0)s\b", lambda m: re.sub("y$", "ie", in_words(m[1], "year")) + "s"),
+    (rf"\b{YEAR}\s?[-–—]\s?{YEAR}\b", lambda m: f"{in_words(m[1], 'year')} to {in_words(m[2], 'year')}"),
     (rf"\b((?:[Ii]n|[Ss]ince|[Uu]ntil|[Yy]ear|[Bb]efore|[Aa]fter|[Dd]uring|{MONTH})(?: \d\d?(?:st|nd|rd|th)?)?,?) "
-     rf"{YEAR}\b(?![.,]\d|\s?(?:%|(?:{UNIT})\b))", lambda m: f"{m[1]} {number(m[2], 'year')}"),
-    (r"\b(\d+)(?:st|nd|rd|th)\b", lambda m: number(m[1], "ordinal")),
+     rf"{YEAR}\b(?![.,]\d|\s?(?:%|(?:{UNIT})\b))", lambda m: f"{m[1]} {in_words(m[2], 'year')}"),
+    (r"\b(\d+)(?:st|nd|rd|th)\b", lambda m: in_words(m[1], "ordinal")),
     (r"\b(\d\d?):(\d\d)\s*(?:([ap])\.?\s?m\b\.?)?", clock), (r"\b(\d+):(\d+)\b", r" \1 to \2 "),
     (r"(?<=\d) (?=\d/\d)", " and "), (r"(?<![\d/])(\d{1,4})\s?[/⁄]\s?(\d{1,4})(?![\d/])", fraction),
     (rf"({NUMBER})\s?°\s?C\b", r"\1 degrees celsius"), (rf"({NUMBER})\s?°\s?F\b", r"\1 degrees fahrenheit"),
@@ -685,11 +696,11 @@ SAID = (  # forms, in this order, and how a person says them
     (r"\^(\{[^{}]+\}|\([^()]+\)|[-−+]?\w+)", lambda m: power(m[1])),
     (r"(?<![\w.)])[-−](?=\d|[a-z]\b)", " minus "), (r"(?<=[\w)]) [-−–] (?=\d|[a-z]\b)", " minus "),
     (rf"\b(War|Chapter|Part|Act|Phase|Stage|Article|Section|Title|Volume|Book|Level|Type) ({'|'.join(ROMAN[1:])})\b",
-     lambda m: f"{m[1]} {number(str(ROMAN.index(m[2])))}"),
+     lambda m: f"{m[1]} {in_words(str(ROMAN.index(m[2])))}"),
     (rf"\b({RULERS}) ({'|'.join(ROMAN[:0:-1])})\b",
-     lambda m: f"{m[1]} the {number(str(ROMAN.index(m[2])), 'ordinal')}"),
+     lambda m: f"{m[1]} the {in_words(str(ROMAN.index(m[2])), 'ordinal')}"),
     (r"\b(?:III|II|IV|I|V)(?:(?:,? and |,? or |, )(?:III|II|IV|V)\b)+|\b(?:III|II|IV|I|V)(?= only\b)",
-     lambda m: re.sub(r"\b[IV]+\b", lambda roman: number(str(ROMAN.index(roman[0]))), m[0])),
+     lambda m: re.sub(r"\b[IV]+\b", lambda roman: in_words(str(ROMAN.index(roman[0]))), m[0])),
     (r"\bNo\. (?=\d)", "number "), (r"\bSt\. (?=[A-Z])", "saint "), (r"(?<=[a-z] )St\.", "street"),
     ("|".join(rf"(?<!\w){re.escape(short)}(?=\W|$)" for short in WRITTEN), lambda m: f" {WRITTEN[m[0]]} "),
     (r"\b(km|m|cm)/(s|h|min)\b", lambda m: f"{UNITS[m[1]]}s per {UNITS[m[2]]}"),
@@ -711,7 +722,7 @@ def spell_out(text, strict=True):
     unread = re.search(NO_RULE, whole) or re.search(r"\\[a-zA-Z]+|\d-\d|[\^_]", text)
     if strict and unread:
         raise Lost("a form that no rule reads aloud", unread[0])
-    text = re.sub(NUMBER, lambda m: f" {number(m[0])} ", unicodedata.normalize("NFKC", text))
+    text = re.sub(NUMBER, lambda m: f" {in_words(m[0])} ", unicodedata.normalize("NFKC", text))
     said = ""
     for c in unicodedata.normalize("NFKD", text):
         name, kind = unicodedata.name(c, ""), unicodedata.category(c)
@@ -802,7 +813,7 @@ class Source(NamedTuple):
 
 HEARD = ("audio", "prompt", "reference")
 SOURCES = {
-    "tars": Source("yuantuo666/MMLU_FULL-full_train_hf_format.merged.v1", None, "train", tuple(COLUMNS), from_tars),
+    "tars": Source("yuantuo666/MMLU_FULL-full_train_hf_format.merged.v1", None, "train", tuple(FEATURES), from_tars),
     "mmlu": Source("cais/mmlu", "all", "auxiliary_train", ("question", "subject", "choices", "answer"), from_mmlu),
     "voicebench-mmsu": Source("hlt-lab/voicebench", "mmsu", None, HEARD, from_voicebench),
     "voicebench-obqa": Source("hlt-lab/voicebench", "openbookqa", "test", HEARD, from_voicebench),
@@ -864,27 +875,28 @@ def open_source(source, origin):
     return rows.cast_column("audio", datasets.Audio(decode=False)) if "audio" in rows.column_names else rows
 
 
+def read_lines(file, *keys):
+    """The JSON objects of a file with one a line. Raises UserError, which names the line, for anything else."""
+    lines = file.read_text(errors="replace").splitlines()
+    return [parse_json(line, f"{file}, line {i + 1}", *keys) for i, line in enumerate(lines)]
+
+
 def resume(file, begun):
     """The finished rows of an interrupted run, from its rows.jsonl, whose first line holds the run's settings."""
-    text = file.read_text() if file.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a line cut by a crash is done again
-    first, *lines = [json.loads(line) for line in whole.splitlines()] or [begun]
+    text = file.read_bytes() if file.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1] or json.dumps(begun).encode() + b"\n"  # not a line that was cut
+    write_aside(file, lambda path: path.write_bytes(whole))
+    first, *lines = read_lines(file)
     if other := [key for key in begun if first.get(key) != begun[key]]:
         raise UserError(f"{file.parent} was begun with other settings ({', '.join(other)}): finish it with those, or "
                         "remove it")
-    write_aside(file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in (begun, *lines))))
     return lines
 
 
-FEATURES = datasets.Features({
-    "key": datasets.Value("string"), "question": datasets.Value("string"),
-    "options": datasets.List(datasets.Value("string")), "answer_index": datasets.Value("int64"),
-    "prompt_for_tts": datasets.Value("string"), "tts_wer": datasets.Value("float64"),
-    "category": datasets.Value("string"),
+COLUMNS = datasets.Features(FEATURES | {
+    "tts_wer": datasets.Value("float64"), "category": datasets.Value("string"),
     "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
 })
-
-
 SPOKEN = ("mmlu", "csv")
 
 
@@ -904,19 +916,24 @@ def check_disk(name, rows, count, part):
         raise UserError(f"{part.parent} has {free:.2f} GiB free, and about {needed:.2f} are needed: give another --out")
 
 
+def is_whole(part, line):
+    """Whether the clip of a finished row is there in full: somebody or a power cut may have removed it."""
+    clip = part / line.get("clip", "")
+    return "lost" in line or clip.is_file() and clip.stat().st_size == 44 + 2 * round(line["seconds"] * SAMPLE_RATE)
+
+
 def convert(name, args):
     """Make the data set `args.out` of source `name`. A stopped run continues: no clip is made twice."""
-    source, out = SOURCES[name], Path(args.out)
-    if args.limit < 0:
-        raise UserError(f"--limit {args.limit}: give a number of rows, or 0 for all")
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it to make it anew, or give another --out")
+    source, out = SOURCES[name], new_folder(args.out)
     rows = open_source(source, args.origin or source.origin)
     count = min(len(rows), args.limit or len(rows))
     part = out.with_name(out.name + ".part")  # what is done so far
     part.mkdir(parents=True, exist_ok=True)
+    if any(part.iterdir()) and not (part / "rows.jsonl").exists():
+        raise UserError(f"{part} is no stopped conversion: move it away, its place is needed")
     settings = {key: getattr(args, key, None) for key in ("max_seconds", "seed", "tries", "tts", "asr")}
     done = resume(part / "rows.jsonl", {"source": name, "rows": rows._fingerprint} | settings)[:count]
+    done = list(takewhile(partial(is_whole, part), done))  # the rest is done again
     if not done:
         check_disk(name, rows, count, part)
     recorded = name == "csv" and "wav" in rows.column_names and all(rows["wav"])
@@ -942,8 +959,8 @@ def convert(name, args):
         raise UserError(f"no row of {args.origin or source.origin} is left: {reasons}")
     # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
     places = ({"bytes": None, "path": str(part.resolve() / line["clip"])} for line in kept)
-    ready = [dict.fromkeys(FEATURES) | line["row"] | {"audio": place} for line, place in zip(kept, places)]
-    questions = datasets.Dataset.from_list(ready, features=FEATURES)
+    ready = [dict.fromkeys(COLUMNS) | line["row"] | {"audio": place} for line, place in zip(kept, places)]
+    questions = datasets.Dataset.from_list(ready, features=COLUMNS)
     questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
     (part / "data").rename(out)
     shutil.rmtree(part)
@@ -962,35 +979,36 @@ def load_speech_models(args):
 
 def main(arguments=None):
     """Build the data set that the command line names."""
-    parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="data_prep.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     of_demo = (
-        ("--out", "runs/demo", "directory to write"),
-        ("--seed", 0, "seed of questions, voices and base model"),
-        ("--text-steps", 1600, "steps of the base model's stage 1"),
-        ("--speech-steps", 600, "steps of its stage 2 at most"),
-        ("--stop-at", 0.40, "speech accuracy at which stage 2 stops"),
-        ("--train-clips", 4000, "spoken training questions"),
-        ("--val-clips", 512, "spoken questions that decide when stage 2 stops"),
-        ("--test-clips", 512, "held-out spoken questions"),
+        ("--out", "runs/demo", "", "directory to write"),
+        ("--seed", 0, "[0, 4294967295]", "seed of questions, voices and base model"),
+        ("--text-steps", 1600, "[1, inf)", "steps of the base model's stage 1"),
+        ("--speech-steps", 600, "[1, inf)", "steps of its stage 2 at most"),
+        ("--stop-at", 0.40, "[0, 1]", "speech accuracy at which stage 2 stops"),
+        ("--train-clips", 4000, "[1, inf)", "spoken training questions"),
+        ("--val-clips", 512, "[1, inf)", "spoken questions that decide when stage 2 stops"),
+        ("--test-clips", 512, "[1, inf)", "held-out spoken questions"),
     )
     of_all = (
-        ("--out", "runs/data", "directory to write"),
-        ("--origin", "", "hub name or local files to read; empty: the source's own place on the hub"),
-        ("--limit", 0, "only the first so many rows; 0 means all"),
-        ("--max-seconds", 120.0, "longer clips are left out"),
+        ("--out", "runs/data", "", "directory to write"),
+        ("--origin", "", "", "hub name or local files to read; empty: the source's own place on the hub"),
+        ("--limit", 0, "[0, inf)", "only the first so many rows; 0 means all"),
+        ("--max-seconds", 120.0, "[0.1, 300]", "longer clips are left out"),
     )
     of_mmlu = (
-        ("--seed", 0, "seed of the voice's noise and speaking rate"),
-        ("--tries", 10, "readings of a question before it is left out"),
-        ("--tts", "facebook/mms-tts-eng", "the voice, a VITS model"),
-        ("--asr", "openai/whisper-medium", "the listener, a Whisper model"),
+        ("--seed", 0, "[0, 4294967295]", "seed of the voice's noise and speaking rate"),
+        ("--tries", 10, "[1, inf)", "readings of a question before it is left out"),
+        ("--tts", "facebook/mms-tts-eng", "", "the voice, a VITS model"),
+        ("--asr", "openai/whisper-medium", "", "the listener, a Whisper model"),
     )
     for name, flags in (("demo", of_demo), *((name, of_all + (of_mmlu if name in SPOKEN else ())) for name in SOURCES)):
         command = commands.add_parser(name, allow_abbrev=False)
-        for flag, default, help in flags:
-            command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{help} [{default}]")
+        for flag, default, within, help in flags:
+            kind = number(type(default), within) if within else str
+            command.add_argument(flag, type=kind, default=default, metavar="", help=f"{help} [{default}]")
     args = parser.parse_args(arguments)
     demo(args) if args.source == "demo" else convert(args.source, args)
 

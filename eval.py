@@ -25,25 +25,24 @@ import os
 import re
 import textwrap
 import zlib
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep import Listener, decode_clip, resume, wav_bytes, word_error_rate
+from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
 from tars import DEVICE, DTYPE, FAMILIES, LETTERS, MODALITIES, SAMPLE_RATE, SYSTEM_PROMPT, TEXT, Config, LoRALinear
-from tars import NGramEmbedder, Phi4Multimodal, Qwen25Omni, SpeechLM, UserError, XFinder, answer_greedily
-from tars import attach_lora, check, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
-from tars import load_extractor, load_helper, load_questions, make_trainable, modality_advantages
-from tars import modality_recovery_rate, pad_left, parse_config, peak_memory, positions, question_batches, read_clip
+from tars import NGramEmbedder, Parser, Phi4Multimodal, Qwen25Omni, SpeechLM, UserError, XFinder, answer_greedily
+from tars import attach_lora, check, check_room, check_writable, config_parser, extract_answers, family_of, fingerprint
+from tars import grpo_loss, judge, layer_weights, load_embedder, load_extractor, load_helper, load_questions
+from tars import load_tensors, make_trainable, modality_advantages, modality_recovery_rate, number, pad_left
+from tars import parse_config, parse_json, peak_memory, positions, question_batches, read_clip, read_settings
 from tars import reference_features, representation_reward, run, to_device, token_weights, train_step, without_lora
+from tars import write_aside
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -75,36 +74,36 @@ def table(head, rows):
 # ==== 2. Table 1: accuracy on speech (A) and on text (T), MRR =========================================================
 def load_adapter(lm, path):
     """Attach a saved adapter in place of any other. Raises UserError if it is missing, broken or of another model."""
-    path = Path(path)
-    if not (path / "adapter_config.json").exists():
-        raise UserError(f"{path} holds no adapter_config.json: give the --out directory of a finished run")
-    try:
-        settings = json.loads((path / "adapter_config.json").read_text())
-        tensors = load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path} holds a broken adapter: {str(error).splitlines()[0]}") from error
+    file, settings = Path(path) / "adapter_model.safetensors", Path(path) / "adapter_config.json"
+    if not (file.exists() and settings.exists()):
+        raise UserError(f"{path} holds no adapter: give the --out directory of a finished run")
+    # tars.py writes the scale beside the weights too, where it cannot be another run's.
+    scale = parse_json(settings.read_text(errors="replace"), settings, "r", "lora_alpha")
+    scale |= json.loads(load_tensors(file)[1].get("tars", "{}"))
     for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
             if isinstance(child, LoRALinear):
                 setattr(parent, name, child.linear)
-    attach_lora(lm, settings["r"], settings["lora_alpha"])
+    try:
+        attach_lora(lm, int(scale["r"]), float(scale["lora_alpha"]))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{settings} is broken: r and lora_alpha are no numbers above 0") from error
 
     def tail(name):  # where the decoder sits in the model differs between versions of transformers
-        return name.split("layers.", 1)[1].removesuffix(".weight")
+        return name.split("layers.", 1)[-1].removesuffix(".weight")
 
-    tensors = {tail(name): tensor for name, tensor in tensors.items()}
     weights = {tail(name): weight for name, weight in lm.model.named_parameters() if weight.requires_grad}
-    if {n: t.shape for n, t in tensors.items()} != {n: w.shape for n, w in weights.items()}:
-        base = settings["base_model_name_or_path"]
-        raise UserError(f"{path} was trained on another model, {base}: give the adapter's own model")
+    tensors, _ = load_tensors(file, {name: weight.shape for name, weight in weights.items()}, tail)
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])
 
 
-def speech_lms(args):
+def speech_lms(args, cfg, sets=()):
     """Yield (name, SpeechLM) for the base model and for each adapter on it. The model is loaded once."""
     lm = SpeechLM.from_pretrained(args.model)
+    for questions in sets:
+        check_room(lm, questions, cfg.max_new_tokens)
     for adapter in args.adapter:  # a wrong one is refused before anything is measured
         load_adapter(lm, adapter)
     with without_lora():
@@ -114,25 +113,14 @@ def speech_lms(args):
         yield adapter, lm
 
 
-def fingerprint(folder):
-    """A number for the weights and config.json in a folder, by sizes, first and last MiB. A hub name has 0."""
-    total = 0
-    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")]):
-        with open(path, "rb") as file:
-            head, size = file.read(2**20), path.stat().st_size
-            file.seek(max(0, size - 2**20))
-            total = zlib.crc32(f"{path.name} {size}".encode() + head + file.read(), total)
-    return total
-
-
-def cached_records(name, data, questions, each, answer, args, cfg):
+def cached_records(name, paths, data, questions, each, answer, args, cfg):
     """The records of one measurement, `each` of them a question, in order; all are kept in a file in args.out.
     Those of an earlier run are read from there, the rest come in batches from answer(first question). The file's name
-    holds a hash of everything the answers depend on.
+    holds a hash of everything the answers depend on; paths: the models among it.
     """
     begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
-             "eval_batch": cfg.eval_batch, "extractor": cfg.extractor, "base": fingerprint(args.model),
-             "weights": fingerprint(name), "questions": questions._fingerprint}
+             "eval_batch": cfg.eval_batch, "extractor": cfg.extractor, "questions": questions._fingerprint,
+             "files": [fingerprint(path) for path in paths]}
     file = Path(args.out) / f"{Path(name).name}-{Path(data).name}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     done = resume(file, begun)
@@ -174,19 +162,21 @@ def compare(args, cfg, sets):
     extract = load_extractor(cfg, DEVICE)
     listener = load_helper(Listener, "--cascade", args.cascade, DEVICE) if args.cascade else None
     rows, base_text = [], args.base_text_accuracy
-    for name, lm in speech_lms(args):
+    for name, lm in speech_lms(args, cfg, sets.values()):
         measured = {}
         for data, questions in sets.items():
             answer = partial(answer_greedily, lm, questions, extract, cfg)
-            records = cached_records(name, data, questions, len(MODALITIES), answer, args, cfg)
+            paths = [args.model, name] if name in args.adapter else [args.model]
+            records = cached_records(name, paths, data, questions, len(MODALITIES), answer, args, cfg)
             measured[data] = {m: [r for r in records if r["modality"] == m] for m in MODALITIES}
         if base_text is None:
             base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
         rows.append(row_of(name, measured, base_text))
         if name == "base" and listener:
             name = f"cascade {args.cascade}"
+            paths = [args.model, args.cascade]
             rows.append(row_of(name, {data: {"speech": cached_records(
-                name, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
+                name, paths, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
                 for data, questions in sets.items()}, base_text))
     sizes = ", ".join(f"{data}: {len(questions)} questions" for data, questions in sets.items())
     columns = [f"{data} {column}" for data in sets for column in ("A %", "T %")]
@@ -217,7 +207,7 @@ def row_of(name, measured, base_text):
 def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = []
-    for name, lm in speech_lms(args):
+    for name, lm in speech_lms(args, cfg, sets.values()):
         before = lm.family.before_user.replace(SYSTEM_PROMPT, ASR_SYSTEM)
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
             raise UserError(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
@@ -250,7 +240,7 @@ def ask(args, cfg):
     if not spoken and re.search(r"\.(wav|mp3|flac|ogg|m4a)$", args.ask, re.IGNORECASE):
         raise UserError(f"--ask {args.ask}: there is no such file")
     clip = wav_bytes(decode_clip(Path(args.ask).read_bytes(), args.ask)) if spoken else None
-    for name, lm in speech_lms(args):
+    for name, lm in speech_lms(args, cfg):
         turn = lm.spoken_turn({"key": args.ask, "audio": {"bytes": clip}}) if spoken else lm.embed_text(args.ask)
         ids, mask, truncated = lm.rollout([[lm.prompt(turn)]], 1, cfg.max_new_tokens, temperature=0)
         print(f"{name}: {lm.detokenize(ids, mask)[0]}{' ... (cut)' if truncated else ''}")
@@ -260,7 +250,7 @@ def agreement(args, cfg, sets):
     """Print how far the regular expressions and an xFinder agree on the answers that are kept in args.out."""
     finder, rows = load_helper(XFinder, "--agree", args.agree, DEVICE), []
     for file in sorted(Path(args.out).glob("*.jsonl")):
-        begun, *records = [json.loads(line) for line in file.read_text().splitlines()]
+        begun, *records = read_lines(file)
         if begun["data"] not in sets:
             continue
         by_key = {question["key"]: question for question in sets[begun["data"]].remove_columns("audio")}
@@ -308,7 +298,7 @@ def layer_cosines(lm, questions, cfg):
 def drift(args, cfg, sets):
     """Print the cosine per layer of every model over all data sets; with --plot, draw it."""
     lines = {}
-    for name, lm in speech_lms(args):
+    for name, lm in speech_lms(args, cfg, sets.values()):
         lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
     rows = [[str(l), *(f"{mean[l - 1]:.4f} +- {half[l - 1]:.4f}" for mean, half in lines.values())] for l in layers]
@@ -368,8 +358,11 @@ def cost_table(log):
 def read_run(run):
     """A run's log lines and the base model's text accuracy. Raises UserError if they are not there."""
     try:
-        log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-        return log, json.loads((Path(run) / "summary.json").read_text())["base_text"]
+        summary = Path(run) / "summary.json"
+        log = read_lines(Path(run) / "log.jsonl", "step", "seconds")
+        if not log:
+            raise UserError(f"{run}/log.jsonl is empty: give the --out directory of a finished run")
+        return log, parse_json(summary.read_text(), summary, "base_text")["base_text"]
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: give the --out directory of a finished run") from error
 
@@ -391,12 +384,17 @@ def ticks(layers):
     return list(layers)[:: math.ceil(len(layers) / 10)]
 
 
+def check_plot(path):
+    """Raise UserError if no figure can be written to `path`, before anything is measured."""
+    if Path(path).suffix[1:] not in pyplot().figure().canvas.get_supported_filetypes() or Path(path).is_dir():
+        raise UserError(f"--plot {path}: give a file such as layers.png")
+    check_writable(Path(path).parent)
+
+
 def save(figure, path):
     """Save a figure. Raises UserError if it cannot be written."""
-    try:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: {error}") from error
+    write_aside(Path(path), lambda aside: figure.savefig(aside, format=Path(path).suffix[1:], dpi=150,
+                                                         bbox_inches="tight"))
     print(f"figure: {path}")
 
 
@@ -491,11 +489,12 @@ def show(title, function, rows):
 
 def settings_of(folder):
     """The settings of a run, from its config.json. Raises UserError if there is none."""
-    try:
-        saved = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--explain {folder}: it holds no config.json, give the --out directory of a run") from error
-    return Config(**{field.name: saved[field.name] for field in fields(Config) if field.name in saved})
+    file = Path(folder) / "config.json"
+    if not file.exists():
+        raise UserError(f"--explain {folder}: it holds no config.json, give the --out directory of a run")
+    cfg = Config(**read_settings(file, config_parser()))
+    check(cfg)
+    return cfg
 
 
 # ==== 7. --random-weights: does a run fit the GPU? ====================================================================
@@ -546,16 +545,16 @@ def random_weights(args):
     given = {name: value for name in given if (value := getattr(args, name)) is not None}
     cfg = Config(model=args.random_weights, **given)
     check(cfg)
-    lm = with_random_weights(cfg.model)
+    lm, seconds = with_random_weights(cfg.model), args.audio_seconds or 60
     rng = np.random.default_rng(cfg.seed)
-    clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * args.audio_seconds)))
+    clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * seconds)))
     # Read aloud, English is about 15 characters a second.
-    questions = [{"key": f"noise-{i}", "question": "word " * int(3 * args.audio_seconds), "options": list(LETTERS),
+    questions = [{"key": f"noise-{i}", "question": "word " * int(3 * seconds), "options": list(LETTERS),
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
     optimizer, generator = make_trainable(lm, cfg)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(f"{len(lm.decoder.layers)} layers in {str(DTYPE).removeprefix('torch.')} on the {device}: {len(questions)} "
-          f"questions, clips of {args.audio_seconds:g} s, {cfg.group_size} answers of {cfg.max_new_tokens} tokens each")
+          f"questions, clips of {seconds:g} s, {cfg.group_size} answers of {cfg.max_new_tokens} tokens each")
     for step in range(2):
         metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
         phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}
@@ -569,27 +568,28 @@ def random_weights(args):
 # ==== 8. The command line =============================================================================================
 def main(arguments=None):
     """Parse the command line and run one of the measurements."""
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default, help in (
         ("--model", "runs/demo/model", "base model"),
         ("--out", "runs/eval", "where every answer is kept"),
-        ("--limit", 0, "only the first so many questions of each data set; 0 means all"),
         ("--extractor", "regex", "answer extractor, `regex` or an xFinder model"),
     ):
-        parser.add_argument(flag, default=default, type=type(default), metavar="", help=f"{help} [{default}]")
+        parser.add_argument(flag, default=default, metavar="", help=f"{help} [{default}]")
     for flag, kind, help in (
-        ("--max-new-tokens", int, "longest completion [the model's own, else 1024]"),
-        ("--eval-batch", int, "questions per batch [the model's own, else 32]"),
-        ("--base-text-accuracy", float, "MRR's denominator in percent [the base model's, measured]"),
+        ("--limit", number(int, "[0, inf)"), "only the first so many questions of each data set; 0 means all [0]"),
+        ("--max-new-tokens", number(int, "[1, inf)"), "longest completion [the model's own, else 1024]"),
+        ("--eval-batch", number(int, "[1, inf)"), "questions per batch [the model's own, else 32]"),
+        ("--base-text-accuracy", number(float, "(0, 100]"), "MRR's denominator in percent [measured, of the base]"),
         ("--cascade", str, "a Whisper model that transcribes the clips for the base model's text branch"),
         ("--ask", str, "a clip, or a written question with its options, that the models answer"),
         ("--agree", str, "an xFinder, to compare with the regular expressions on the answers kept in --out"),
         ("--plot", str, "file of the figure, such as layers.png"),
         ("--random-weights", str, "two training steps of this architecture on noise: seconds a phase, peak memory"),
-        ("--questions-per-step", int, "with --random-weights: B [8]"),
-        ("--group-size", int, "with --random-weights: G [8]"),
-        ("--tokens-per-micro-batch", int, "with --random-weights: as in tars.py [16384]"),
+        ("--questions-per-step", number(int, "[1, inf)"), "with --random-weights: B [8]"),
+        ("--group-size", number(int, "[4, inf)"), "with --random-weights: G [8]"),
+        ("--tokens-per-micro-batch", number(int, "[1, inf)"), "with --random-weights: as in tars.py [16384]"),
+        ("--audio-seconds", number(float, "[0.1, 300]"), "with --random-weights: length of its clips [60]"),
     ):
         parser.add_argument(flag, type=kind, metavar="", help=help)
     for flag, help in (("--adapter", "--out directories of tars.py [runs/tars with the demo's model]"),
@@ -597,18 +597,16 @@ def main(arguments=None):
         parser.add_argument(flag, nargs="+", metavar="", help=help)
     for flag, help in (("--asr", "measure the model as a transcriber"), ("--layers", "Figure 2")):
         parser.add_argument(flag, action="store_true", help=help)
-    parser.add_argument("--audio-seconds", type=float, default=60.0, metavar="",
-                        help="with --random-weights: length of the noise clips; the paper's take 73 s on average [60]")
     parser.add_argument("--explain", nargs="?", const="", metavar="RUN", help="one group, equation by equation")
     args = parser.parse_args(arguments)
-    if args.plot or args.curves:
-        pyplot()  # if it is missing, that is said before anything is measured
+    args.plot = args.plot or ("curves.png" if args.curves else None)
+    if args.plot:
+        check_plot(args.plot)
     if args.random_weights:
         return random_weights(args)
     if args.explain is not None:
         return explain(args)
     if args.curves:
-        args.plot = args.plot or "curves.png"
         return curves(args)
     own = [f"--{flag.replace('_', '-')}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")
            if (value := getattr(args, flag)) is not None]
@@ -617,12 +615,12 @@ def main(arguments=None):
         args.adapter = ["runs/tars"] if args.model == "runs/demo/model" else []
     if args.ask:
         return ask(args, cfg)
-    sets, paths = {}, list(dict.fromkeys(args.data or [cfg.eval_data]))
-    names = [Path(path).name for path in paths]
-    for path, name in zip(paths, names):
-        questions = load_questions(path)
+    sets, paths = {}, {Path(path).resolve(): path for path in args.data or [cfg.eval_data]}  # each once
+    names = [path.name for path in paths]
+    for path, shown in paths.items():
+        questions = load_questions(shown)
         questions = questions.select(range(min(args.limit or len(questions), len(questions))))
-        sets[name if names.count(name) == 1 else path] = questions  # two folders of one name are told apart
+        sets[path.name if names.count(path.name) == 1 else shown] = questions  # two folders of one name are told apart
     if args.agree:
         return agreement(args, cfg, sets)
     (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)

@@ -43,10 +43,10 @@ states; regular expressions extract the answer (the paper: xFinder, here `--extr
 import argparse
 import io
 import json
+import logging
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -59,16 +59,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as compute
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM, PretrainedConfig
@@ -79,14 +82,18 @@ from transformers.utils import cached_file
 MODALITIES = ("speech", "text")
 TEXT = 1
 LETTERS = "ABCD"
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: process r of R
+RANK, RANKS = 0, 1  # of processes; join_processes() sets them under torchrun
 
 
 # ==== 1. Config: the paper's Table 5 ==================================================================================
-def setting(default, meaning, paper="", **flag):
-    """One Config field: default, meaning, place in the paper, extra argparse keywords."""
+def setting(default, meaning, paper="", within=None, **flag):
+    """One Config field: default, meaning, place in the paper, extra argparse keywords. A number lies `within` a range,
+    an int from 1 and a float from 0 on if none is given.
+    """
     note = "; ".join(str(part) for part in (default, paper) if part != "")
-    return field(default=default, metadata={"help": f"{meaning} [{note}]" if note else meaning, "flag": flag})
+    within = within or {int: "[1, inf)", float: "[0, inf)"}.get(type(default))
+    flag |= {"help": f"{meaning} [{note}]" if note else meaning}
+    return field(default=default, metadata={"within": within, "flag": flag})
 
 
 @dataclass
@@ -102,12 +109,12 @@ class Config:
     data: str = setting("runs/data/train", "training questions, written by data_prep.py", "the paper: 9,953 of MMLU")
     eval_data: str = setting("runs/data/test", "held-out questions, likewise", "the paper: VoiceBench MMSU and OBQA")
     out: str = setting("runs/tars", "directory for adapter, logs and summary")
-    seed: int = setting(0, "seed of LoRA's initial weights, data order, sampling and references")
+    seed: int = setting(0, "seed of LoRA's weights, data order, sampling and references", within="[0, 4294967295]")
     # roll-out
     questions_per_step: int = setting(8, "B, questions per optimizer step", "Table 5: 64 completions")
-    group_size: int = setting(8, "G, completions per question: half from speech, half from text", "Table 5")
+    group_size: int = setting(8, "G, completions per question: half from speech, half from text", "Table 5", "[4, inf)")
     max_new_tokens: int = setting(1024, "longest completion; a cut one is masked out of the loss", "Table 5")
-    temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "Table 5")
+    temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "Table 5", "(0, inf)")
     # rewards and advantages
     alpha: float = setting(1.0, "weight of R_rep", "Eq. (2)")
     beta: float = setting(1.0, "weight of R_beh (not GRPO's KL weight: there is no KL term)", "Eq. (2)")
@@ -118,26 +125,26 @@ class Config:
     aux_device: str = setting("", "device of embedder and extractor, such as cpu; empty: the model's own")
     joint_norm: bool = setting(False, "one mean over both modalities instead of one for each", "ablation of Eq. (7)")
     # loss and optimizer
-    eps_low: float = setting(0.2, "the ratio is clipped below 1 - eps_low", "Table 5")
+    eps_low: float = setting(0.2, "the ratio is clipped below 1 - eps_low", "Table 5", "[0, 1]")
     eps_high: float = setting(0.28, "the ratio is clipped above 1 + eps_high", "Table 5")
     updates_per_rollout: int = setting(1, "optimizer steps on each roll-out; with 1 the ratio is 1", "Table 5")
     epochs: int = setting(3, "passes over the training questions", "Table 5")
-    steps: int = setting(0, "roll-outs in all; 0 means as many as `epochs` takes")
+    steps: int = setting(0, "roll-outs in all; 0 means as many as `epochs` takes", within="[0, inf)")
     lr: float = setting(2e-5, "AdamW's peak learning rate", "Table 5")
-    warmup: float = setting(0.01, "share of steps in which the learning rate rises from 0", "Table 5")
+    warmup: float = setting(0.01, "share of steps in which the learning rate rises from 0", "Table 5", "[0, 1]")
     weight_decay: float = setting(0.01, "AdamW's weight decay", "Table 5")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "Table 5")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "Table 5", "(0, inf)")
     lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "Table 5")
     lora_alpha: int = setting(32, "LoRA's update is scaled by lora_alpha / lora_rank", "Table 5")
     # memory and output
     tokens_per_micro_batch: int = setting(16384, "most tokens, with padding, of one forward pass; groups stay whole")
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
     eval_batch: int = setting(32, "questions per batch in evaluation")
-    eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
+    eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after", within="[0, inf)")
     save_every: float = setting(20.0, "checkpoint after a step if so many seconds have passed; the last two are kept")
     resume: str = setting("", "continue from --out's last checkpoint; `--resume auto`: if there is one", nargs="?",
                           const="last", choices=("last", "auto"), metavar="auto")
-    sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
+    sample_every: int = setting(20, "show and save one group every so many steps; 0 means never", within="[0, inf)")
 
 
 # ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ========================
@@ -617,12 +624,14 @@ def learning_rate(step, steps, cfg):
     return cfg.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
 
 
-def data_order(count, cfg):
-    """Question indices of all steps in one list, and the number of steps. Each epoch is a new seeded permutation."""
-    generator = torch.Generator().manual_seed(cfg.seed)
-    steps = cfg.steps or max(1, cfg.epochs * count // cfg.questions_per_step)
-    epochs = math.ceil(steps * cfg.questions_per_step / count)
-    return torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)]).tolist(), steps
+def data_order(count, size, seed):
+    """Yield the question indices of each step, `size` of `count`. Each epoch is a new seeded permutation."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    while True:
+        while len(order) < size:
+            order += torch.randperm(count, generator=generator).tolist()
+        yield order[:size]
+        order = order[size:]
 
 
 def make_trainable(lm, cfg):
@@ -637,14 +646,13 @@ def make_trainable(lm, cfg):
     return optimizer, torch.Generator(lm.device).manual_seed(cfg.seed + 1_000_003 * RANK)
 
 
-def train(lm, questions, eval_questions, embedder, extract, cfg, last, state):
-    """Train, from the checkpoint `last` on if there is one, and write adapter and logs to cfg.out.
-    state: what a checkpoint holds beside tensors, of the last one or of step 0. Returns the last evaluation.
+def train(lm, questions, eval_questions, embedder, extract, optimizer, generator, step, state, cfg):
+    """Train from `step` on, and write adapter and logs to cfg.out. Returns the last evaluation.
+    state: what the last checkpoint holds beside tensors, or what a new run begins with.
     """
-    out, B = Path(cfg.out), cfg.questions_per_step
-    optimizer, generator = make_trainable(lm, cfg)
-    order, steps = data_order(len(questions), cfg)
-    step = load_checkpoint(last, optimizer) if last else 0
+    out, count, B = Path(cfg.out), len(questions), cfg.questions_per_step
+    steps = cfg.steps or max(1, cfg.epochs * count // B)
+    order = islice(data_order(count, B, cfg.seed), step, None)
     log, samples = (open_log(out / name, state["sizes"].get(name, 0)) for name in ("log.jsonl", "samples.jsonl"))
     metrics, changed, signals, saved, skipped = state["metrics"], state["changed"], [], -math.inf, 0
     bar = tqdm(desc="TARS", unit="step", initial=step, total=steps, disable=RANK > 0)
@@ -672,7 +680,7 @@ def train(lm, questions, eval_questions, embedder, extract, cfg, last, state):
         step += 1
         on_signals(partial(note_signal, signals))
         start = time.perf_counter()
-        batch = [questions[i] for i in order[(step - 1) * B : step * B][RANK::RANKS]]
+        batch = [questions[i] for i in next(order)[RANK::RANKS]]
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
         # A seed for each step and process: a resumed run draws what it would have drawn.
         generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0]))
@@ -701,7 +709,11 @@ class UserError(Exception):
 
 
 SAMPLE_RATE = 16_000
-COLUMNS = {"key", "question", "options", "answer_index", "prompt_for_tts", "audio"}
+FEATURES = datasets.Features({  # the columns that are read here
+    "key": datasets.Value("string"), "question": datasets.Value("string"),
+    "options": datasets.List(datasets.Value("string")), "answer_index": datasets.Value("int64"),
+    "prompt_for_tts": datasets.Value("string"), "audio": datasets.Audio(decode=False),
+})
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
     "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
@@ -714,19 +726,46 @@ def load_questions(path):
     """The `datasets` directory that data_prep.py wrote, audio left as encoded bytes. Raises UserError if it is none."""
     try:
         questions = datasets.load_from_disk(path)
-    except (OSError, ValueError, IndexError) as error:  # the last: `datasets` cannot read back an empty one
+        if "audio" in questions.column_names:  # encoded bytes: decoding in `datasets` would need FFmpeg
+            questions = questions.cast_column("audio", datasets.Audio(decode=False))
+    except Exception as error:  # `datasets` raises whatever a torn or empty folder leads to
         raise UserError(f"{path} is no data set directory, or an empty one: write one with data_prep.py") from error
     if isinstance(questions, dict):
         raise UserError(f"{path} holds several data sets: give one of its parts, {', '.join(questions)}")
-    if missing := COLUMNS - set(questions.column_names):
-        raise UserError(f"{path} lacks the column(s) {', '.join(sorted(missing))}: write it anew with data_prep.py")
+    types = {column.name: column.type for column in questions.data.schema}
+    if wrong := [column.name for column in FEATURES.arrow_schema if types.get(column.name) != column.type]:
+        raise UserError(f"{path} lacks the column(s) {', '.join(wrong)}, or has them in another type: write it anew "
+                        "with data_prep.py")
     columns = ("key", "question", "options", "answer_index")
-    for key, question, options, answer_index in zip(*(questions[column] for column in columns)):
-        if not (question and question.strip() and options and len(options) == 4 and all(options)):
+    for clip, key, question, options, answer_index in zip(clip_sizes(questions), *(questions[c] for c in columns)):
+        if is_blank(question) or len(options or []) != 4 or any(map(is_blank, options)):
             raise UserError(f"{path}: {key} is no question with four options: leave it out, as data_prep.py does")
         if answer_index not in range(4):
             raise UserError(f"{path}: {key} has the answer_index {answer_index}: it counts the options from 0 to 3")
-    return questions.cast_column("audio", datasets.Audio(decode=False))  # decoding in datasets would need FFmpeg
+        if not clip:
+            raise UserError(f"{path}: {key} has no clip: leave it out, as data_prep.py does")
+    return questions
+
+
+def is_blank(text):
+    """Whether a person sees nothing in a text: None, or spaces, control and zero-width characters alone."""
+    return all(unicodedata.category(c)[0] in "CZ" for c in text or "")
+
+
+def clip_sizes(questions):
+    """Bytes of each clip, None where there is none. No clip is read for it."""
+    return compute.binary_length(compute.struct_field(questions.data["audio"], "bytes")).to_pylist()
+
+
+def check_room(lm, questions, max_new_tokens):
+    """Raise UserError unless the longest text, the longest clip and an answer fit the positions of the model."""
+    texts = [len(written_question(question)) for question in questions.remove_columns("audio")]
+    for lengths in (texts, clip_sizes(questions)):
+        question = questions[lengths.index(max(lengths))]
+        tokens, positions = max(map(len, lm.embed([question])[0])), lm.decoder.config.max_position_embeddings
+        if tokens + max_new_tokens > positions:
+            raise UserError(f"{question['key']} takes {tokens} tokens: with --max-new-tokens {max_new_tokens} that is "
+                            f"more than the model's {positions} positions")
 
 
 def written_question(question):
@@ -778,6 +817,51 @@ def open_pretrained(load, path, **options):
         raise UserError(f"{path} is no usable model, here or on the hub: {reason}") from error
 
 
+def parse_json(text, place, *keys):
+    """The JSON object in a text from `place`, which the UserError names if there is none, or one without these keys."""
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict) and content.keys() >= set(keys):
+            return content
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{place} is broken: no JSON object{' with ' if keys else ''}{', '.join(keys)}")
+
+
+def load_tensors(path, expected=None, name_of=str):
+    """Tensors {name: tensor} and notes {name: string} of a safetensors file. name_of: from a name there to one of
+    `expected`, {name: shape}. Raises UserError unless the file is whole, and its tensors are those, and finite.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, notes = {name_of(name): file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is broken: {error}") from error
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    expected = shapes if expected is None else expected
+    wrong = {name for name, _ in shapes.items() ^ expected.items()}
+    if wrong := sorted(wrong | {name for name, tensor in tensors.items() if not tensor.isfinite().all()}):
+        raise UserError(f"{path} does not fit: {len(wrong)} tensors, such as {wrong[0]}, are missing, unknown, of "
+                        "another shape or not finite")
+    return tensors, notes
+
+
+def fingerprint(path):
+    """A number for the files of a model, an adapter or a data set: names, sizes, first and last MiB of each.
+    On the hub it is the commit. Nothing is loaded for it.
+    """
+    if not Path(path).is_dir():
+        return Path(open_pretrained(partial(cached_file, filename="config.json"), path)).parent.name
+    total = 0
+    for pattern in ("config.json", "tokenizer.json", "state.json", "*.safetensors", "*.arrow"):
+        for file in sorted(Path(path).glob(pattern)):
+            with open(file, "rb") as content:
+                head, size = content.read(2**20), file.stat().st_size
+                content.seek(max(0, size - 2**20))
+                total = zlib.crc32(f"{file.name} {size}".encode() + head + content.read(), total)
+    return total
+
+
 def model_type_of(path, known):
     """The model_type in a model's config.json. Raises UserError if it is not among the known ones."""
     model_type = open_pretrained(PretrainedConfig.get_config_dict, path)[0].get("model_type")
@@ -795,10 +879,13 @@ def load_model(kind, path, device="cpu", dtype=None, model_types=None, **options
     model, found = open_pretrained(kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
                                    ignore_mismatched_sizes=True, **options)
     wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    # Another part of a larger model may be left over, but no layer: config.json would have fewer than the weights.
+    own = {re.sub(r"\.\d+\.", ".0.", name) for name in model.state_dict()}
+    wrong |= {name for name in found["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in own}
     wrong = sorted(wrong or {name for name, p in model.named_parameters() if not p.isfinite().all()})
     if wrong:
-        raise UserError(f"{path} is no whole {kind.__name__}: missing, of another shape or not finite are {len(wrong)} "
-                        f"tensors, such as {', '.join(wrong[:3])}")
+        raise UserError(f"{path} is no whole {kind.__name__}: missing, left over, of another shape or not finite are "
+                        f"{len(wrong)} tensors, such as {', '.join(wrong[:3])}")
     return model.to(device).eval()
 
 
@@ -859,8 +946,9 @@ class Phi4Multimodal:
     def load(path, revision, **options):
         """The model with its speech-lora merged: W += (alpha / r) B A. Unmerged, it understands speech badly."""
         fetch = partial(cached_file, path, revision=revision)
-        settings = json.loads(Path(fetch("speech-lora/adapter_config.json")).read_text())
-        tensors = load_file(fetch("speech-lora/adapter_model.safetensors"))
+        file = fetch("speech-lora/adapter_config.json")
+        settings = parse_json(Path(file).read_text(), file, "r", "lora_alpha")
+        tensors, _ = load_tensors(fetch("speech-lora/adapter_model.safetensors"))
         options |= {"revision": revision, "model_types": Phi4Multimodal.model_types}
         model = load_model(Phi4Multimodal.model_class, path, **options)
         for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
@@ -1190,11 +1278,25 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def check_writable(folder):
+    """Raise UserError unless a folder, or the nearest above it that exists, can be written."""
+    above = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not folder or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {folder}: nothing can be written there")
+
+
 def write_aside(path, write):
-    """Write a file under another name, then rename it: nothing half-written is ever left in its place."""
+    """Write a file under another name, then rename it: nothing half-written is ever left, nor after a power cut."""
     aside = path.with_name(path.name + ".part")
-    write(aside)
-    os.replace(aside, path)
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:  # the latter says no more than an OSError, and no file
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -1221,9 +1323,10 @@ def save_adapter(lm, out, cfg):
     layers = {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
     tensors = {f"base_model.model.{name}.{matrix}.weight": getattr(m, matrix).detach().contiguous().cpu()
                for name, m in layers.items() for matrix in ("lora_A", "lora_B")}
-    write_aside(out / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    scale = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha}  # beside the weights too: never another run's
+    write_aside(out / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"tars": json.dumps(scale)}))
     write_json(out / "adapter_config.json", {
-        "peft_type": "LORA", "base_model_name_or_path": cfg.model, "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
+        "peft_type": "LORA", "base_model_name_or_path": cfg.model, **scale,
         "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": list(layers),  # full names: the audio encoder has layers called q_proj too
     })
@@ -1252,7 +1355,7 @@ def save_checkpoint(optimizer, step, state, logs, cfg):
         tensors |= {f"trained.{i}": p.detach()} | {f"adamw.{i}.{key}": x for key, x in optimizer.state[p].items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     sizes = {Path(log.name).name: log.tell() for log in logs}
-    state = state | {"sizes": sizes, "config": asdict(cfg) | {"ranks": RANKS}}
+    state = state | {"sizes": sizes, "updated": any(optimizer.state.values())}
     folder = Path(cfg.out) / "checkpoints"
     folder.mkdir(exist_ok=True)
     write_aside(folder / f"step-{step:07}.safetensors",
@@ -1263,7 +1366,7 @@ def save_checkpoint(optimizer, step, state, logs, cfg):
 
 def checkpoints(cfg):
     """The checkpoints of cfg.out, the last one last."""
-    return sorted((Path(cfg.out) / "checkpoints").glob("step-*.safetensors"))
+    return sorted((Path(cfg.out) / "checkpoints").glob(f"step-{'[0-9]' * 7}.safetensors"))
 
 
 # May differ in a resumed run: no number depends on them beyond rounding.
@@ -1272,46 +1375,77 @@ FREE = {"out", "resume", "save_every", "eval_every", "sample_every", "aux_device
 
 
 def find_checkpoint(cfg):
-    """The checkpoint to continue from and its state, or None twice. Raises UserError where --resume does not fit."""
-    found = checkpoints(cfg)
+    """The checkpoint to continue from, None for a new run, and the state that it holds, or that a new run begins with.
+    Raises UserError where --resume does not fit: all that numbers depend on must be as it was, settings and files.
+    """
+    found, out = checkpoints(cfg), Path(cfg.out)
     if not found and cfg.resume == "last":
         raise UserError(f"--resume: {cfg.out} holds no checkpoint to continue from")
-    if found and not cfg.resume and not (Path(cfg.out) / "summary.json").exists():
+    if found and not cfg.resume and not (out / "summary.json").exists():
         raise UserError(f"{cfg.out} holds an unfinished run: continue with --resume, remove it, or give another --out")
+    config = asdict(cfg) | {"ranks": RANKS}
+    config |= {f"content of {path}": fingerprint(path) for path in (cfg.model, cfg.data, cfg.eval_data)}
     if not found or not cfg.resume:
-        return None, None
-    with safe_open(found[-1], "pt") as file:
-        state = json.loads(file.metadata()["tars"])
+        return None, {"before": None, "metrics": {}, "sizes": {}, "changed": {}, "config": config}
+    state = parse_json(load_tensors(found[-1])[1].get("tars", ""), found[-1], "before", "metrics", "sizes", "config")
     saved = asdict(Config()) | state["config"]  # a setting that is newer than the checkpoint had its default
-    changed = {k: f"{saved[k]} -> {v}" for k, v in (asdict(cfg) | {"ranks": RANKS}).items() if saved[k] != v}
+    changed = {k: f"{saved.get(k)} -> {v}" for k, v in config.items() if saved.get(k) != v}
     free = FREE | {"max_new_tokens"} & cfg.given  # of those that move numbers one alone, and only if it is asked for
     if other := changed.keys() - free:
         raise UserError(f"--resume: {found[-1]} was made with another {', '.join(sorted(other))}: give the same ones")
+    if short := [name for name, size in state["sizes"].items() if not (out / name).exists() or
+                 (out / name).stat().st_size < size]:
+        raise UserError(f"--resume: {out}/{short[0]} is shorter than it was when {found[-1]} was written")
     changed = ", ".join(f"{k} {v}" for k, v in changed.items() if k not in ("out", "resume"))
     if changed:
         print(f"--resume with {changed}")
-    return found[-1], state | {"changed": {"resumed_with": changed} if changed else {}}
+    return found[-1], state | {"config": config, "changed": {"resumed_with": changed} if changed else {}}
 
 
-def load_checkpoint(path, optimizer):
-    """Put weights and AdamW's state back where they were. Returns the step."""
-    tensors, state = load_file(path), {}
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+def load_checkpoint(path, optimizer, state):
+    """Put weights and AdamW's state back where they were. Returns the step. Raises UserError unless all are there."""
+    parameters, moments = optimizer.param_groups[0]["params"], {}
+    expected = {f"trained.{i}": p.shape for i, p in enumerate(parameters)}
+    if state["updated"]:
+        expected |= {f"adamw.{i}.{key}": torch.Size() if key == "step" else p.shape
+                     for i, p in enumerate(parameters) for key in ("step", "exp_avg", "exp_avg_sq")}
+    tensors, _ = load_tensors(path, expected)
+    for i, p in enumerate(parameters):
         p.data.copy_(tensors[f"trained.{i}"])
-        state[i] = {name.split(".")[2]: x for name, x in tensors.items() if name.startswith(f"adamw.{i}.")}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        moments[i] = {name.split(".")[2]: x for name, x in tensors.items() if name.startswith(f"adamw.{i}.")}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(path.stem.removeprefix("step-"))
+
+
+OUTPUTS = ("summary.json", "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "samples.jsonl")
+
+
+def check_out(out):
+    """Raise UserError if a run cannot write to the folder, or must not: if it has files, but no run's config.json."""
+    check_writable(out)
+    if Path(out).exists() and any(Path(out).iterdir()):
+        try:
+            parse_json((Path(out) / "config.json").read_text(), out, "group_size")
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(f"--out {out}: files are in it, but not those of a run; give a new folder") from error
 
 
 # ==== 11. Several processes, started by torchrun: rank r takes questions r, r + RANKS, ... ============================
 def join_processes():
-    """Meet the other processes, each on its own GPU. Only rank 0 prints."""
-    if DEVICE == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
+    """Under torchrun, meet the other processes, each on its own GPU. Only rank 0 prints."""
+    global RANK, RANKS
+    try:
+        RANK, RANKS, local = (int(os.environ.get(name, only)) for name, only in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if RANKS == 1 and RANK == 0:
+            return
+        if DEVICE == "cuda" and local >= (gpus := torch.cuda.device_count()):
             raise UserError(f"more processes than GPUs: start torchrun with --nproc_per_node={gpus} at most")
-        torch.cuda.set_device(local)
-    dist.init_process_group(timeout=timedelta(days=1))  # ranks wait for each other while one loads or evaluates
+        if DEVICE == "cuda":
+            torch.cuda.set_device(local)
+        dist.init_process_group(timeout=timedelta(days=1))  # ranks wait for each other while one loads or evaluates
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, but not by torchrun ({error}): unset them") from error
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
@@ -1340,27 +1474,66 @@ def mean_over_ranks(metrics):
 
 
 # ==== 12. The command =================================================================================================
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors: one line, like all others."""
+
+    def error(self, message):
+        """Raise UserError."""
+        raise UserError(message.removeprefix("argument "))
+
+
+def number(kind, interval):
+    """argparse's type for an int or a float in an interval such as "(0, 1]"; nan and inf are in none."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == low and interval[0] == "(" or value == high and interval[-1] == ")":
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} in {interval},"  # as argparse will call it
+    return parse
+
+
+def config_parser():
+    """The parser of Config's fields."""
+    parser = Parser(prog="tars.py", usage="tars.py [--setting value ...]", allow_abbrev=False,
+                    description="setting: meaning [default; where the paper gives it]",
+                    formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=120))
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"metavar": ""}
+        kind |= {"type": number(f.type, f.metadata["within"])} if f.metadata["within"] else {}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind | f.metadata["flag"])
+    return parser
+
+
 def parse_config(arguments, build_demo):
     """Command line -> Config. `build_demo(path)` is called if the default model is asked for and does not exist."""
-    parser = argparse.ArgumentParser(prog="tars.py", usage="tars.py [--setting value ...]", allow_abbrev=False,
-                                     description="setting: meaning [default; where the paper gives it]",
-                                     formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=120))
-    for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f.metadata["help"],
-                            **kind | f.metadata["flag"])
-    flags = vars(parser.parse_args(arguments))
-    model, recommended = Path(flags.get("model", Config.model)), {}
+    parser = config_parser()
+    given, own = vars(parser.parse_args(arguments)), {}
+    model = Path(given.get("model", Config.model))
     if str(model) == Config.model and not model.exists():
         build_demo(model.parent)
     if (model / "tars_config.json").exists():
-        recommended = json.loads((model / "tars_config.json").read_text())
-        if unknown := recommended.keys() - {f.name for f in fields(Config)}:
-            raise UserError(f"{model}/tars_config.json has the unknown setting(s) {', '.join(sorted(unknown))}")
-        recommended |= {k: os.path.normpath(model / recommended[k]) for k in ("data", "eval_data") if k in recommended}
-    cfg = Config(**(recommended | flags))
-    cfg.given = set(flags)
+        own = read_settings(model / "tars_config.json", parser, "model", "out", "resume")
+        own |= {k: os.path.normpath(model / own[k]) for k in ("data", "eval_data") if k in own}
+    cfg = Config(**own | given)
+    cfg.given = set(given)
     return cfg
+
+
+def read_settings(file, parser, *forbidden):
+    """A JSON file of settings, read as flags are: so are names, types and ranges checked. UserErrors name the file."""
+    settings = parse_json(file.read_text(errors="replace"), file)
+    if unknown := settings.keys() - {f.name for f in fields(Config) if f.name not in forbidden}:
+        raise UserError(f"{file} has the unknown setting(s) {', '.join(sorted(unknown))}")
+    flags = [(f"--{k.replace('_', '-')}", value) for k, value in settings.items() if value != ""]
+    try:
+        return vars(parser.parse_args([flag if value is True else flag.replace("--", "--no-", 1) if value is False
+                                       else f"{flag}={value}" for flag, value in flags]))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def build_demo(folder):
@@ -1374,43 +1547,44 @@ def build_demo(folder):
 
 
 def check(cfg):
-    """Raise UserError for settings that no run could make sense of."""
-    if cfg.group_size < 4 or cfg.group_size % 2:
-        raise UserError(f"--group-size {cfg.group_size}: give an even number from 4 on, half spoken and half written")
-    for name in ("questions_per_step", "max_new_tokens", "tokens_per_micro_batch", "eval_batch", "lora_rank",
-                 "updates_per_rollout", "temperature", "lora_alpha", "epochs", "save_every"):
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give a number above 0")
+    """Raise UserError for settings that do not go together."""
+    if cfg.group_size % 2:
+        raise UserError(f"--group-size {cfg.group_size}: give an even number, half is spoken and half written")
     if cfg.questions_per_step % RANKS:
         raise UserError(f"--questions-per-step {cfg.questions_per_step}: give a multiple of the {RANKS} processes")
 
 
 def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
-    if RANKS > 1:
-        join_processes()
+    join_processes()
     cfg = parse_config(arguments, build_demo)
     check(cfg)
-    questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     layers = layer_weights(cfg.layers, family_of(cfg.model)[1])  # [L]
+    questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
+    if cfg.questions_per_step > len(questions):
+        raise UserError(f"--questions-per-step {cfg.questions_per_step}: {cfg.data} has only {len(questions)}")
     print(f"R_rep compares {layers.count_nonzero()} of {len(layers)} layers")
-    last, state = find_checkpoint(cfg)  # all that can be refused without the weights is refused before they are loaded
+    last, state = find_checkpoint(cfg)
+    check_out(cfg.out)  # all that can be refused without the weights is refused before they are loaded
     embedder, extract = load_embedder(cfg, DEVICE), load_extractor(cfg, DEVICE)
     lm = SpeechLM.from_pretrained(cfg.model)
-    sum_over_ranks(torch.zeros(1, device=lm.device))  # a barrier: rank 0 removes old checkpoints after all have looked
+    for some in (questions, eval_questions):
+        check_room(lm, some, cfg.max_new_tokens)
+    optimizer, generator = make_trainable(lm, cfg)
+    step = load_checkpoint(last, optimizer, state) if last else 0
+    sum_over_ranks(torch.zeros(1, device=lm.device))  # a barrier: rank 0 removes files after all have looked
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
-        if last is None:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            (out / "summary.json").unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for old in () if last else [*(out / name for name in OUTPUTS), *checkpoints(cfg)]:
+            old.unlink(missing_ok=True)
         write_json(out / "config.json", asdict(cfg))
 
     try:
-        before = state["before"] if state else evaluate(lm, eval_questions, extract, cfg)
-        state = state or {"before": before, "metrics": {}, "sizes": {}, "changed": {}}
-        after = train(lm, questions, eval_questions, embedder, extract, cfg, last, state)
-    except (torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        with without_lora():
+            before = state["before"] = state["before"] or evaluate(lm, eval_questions, extract, cfg)
+        after = train(lm, questions, eval_questions, embedder, extract, optimizer, generator, step, state, cfg)
+    except (RuntimeError, MemoryError, KeyboardInterrupt) as error:
         there = [f"{path} is there: the same command with --resume continues" for path in checkpoints(cfg)[-1:]]
         error.add_note(*(there or ["there is no checkpoint yet"]))
         raise
@@ -1432,18 +1606,24 @@ def main(arguments=None):
 def run(program, main):
     """Run a program's main(): an error that its user can mend ends in one line on stderr and exit code 2."""
     on_signals(signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may know less than Unicode
+    for library in (datasets, transformers):
+        library.logging.set_verbosity(logging.CRITICAL)  # what they would say beside our line
     try:
         return main()
     except UserError as error:
         message, code = str(error), 2
-    except torch.OutOfMemoryError as error:
-        peak, code = peak_memory(torch.device("cuda")), 2
-        message = "; ".join([f"out of GPU memory at {peak:.1f} GiB: lower --tokens-per-micro-batch, --eval-batch or "
-                             "--max-new-tokens", *getattr(error, "__notes__", [])])
     except OSError as error:  # an unwritable folder, a full disk
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except KeyboardInterrupt as error:
         message, code = "; ".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), 130
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        message, code = "; ".join([f"out of memory at {peak_memory(torch.device(DEVICE)):.1f} GiB: lower "
+                                   "--tokens-per-micro-batch, --eval-batch or --max-new-tokens",
+                                   *getattr(error, "__notes__", [])]), 2
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(code)
 
