@@ -45,7 +45,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from tars import DEVICE, FEATURES, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, ClipError, Parser, Qwen25Omni, SpeechLM
 from tars import UserError, check_length, check_writable, extract_answers, is_blank, judge, load_helper, load_model
-from tars import number, open_pretrained, parse_json, read_clip, run, write_aside, write_json, written_question
+from tars import number, open_pretrained, parse_json, read_clip, run, write_aside, write_json, write_line, written_question
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
@@ -952,7 +952,7 @@ def convert(name, args):
                 line = {"lost": loss.reason, "key": key}
                 tqdm.write(f"{key} is left out: {loss}")
             done.append(line)
-            print(json.dumps(line), file=progress, flush=True)
+            write_line(progress, line)
     kept = [line for line in done if "row" in line]
     if not kept:
         reasons = "; ".join(sorted({line["lost"] for line in done}))

@@ -42,7 +42,7 @@ from tars import grpo_loss, judge, layer_weights, load_embedder, load_extractor,
 from tars import load_tensors, make_trainable, modality_advantages, modality_recovery_rate, number, pad_left
 from tars import parse_config, parse_json, peak_memory, positions, question_batches, read_clip, read_settings
 from tars import reference_features, representation_reward, run, to_device, token_weights, train_step, without_lora
-from tars import write_aside
+from tars import write_aside, write_line
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -130,8 +130,8 @@ def cached_records(name, paths, data, questions, each, answer, args, cfg):
         file.write_text("".join(json.dumps(line) + "\n" for line in [begun, *done]))
         with open(file, "a") as records:
             for batch in answer(first):
-                records.write("".join(json.dumps(record) + "\n" for record in batch))
-                records.flush()
+                for record in batch:
+                    write_line(records, record)
                 done += batch
     return done
 

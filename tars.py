@@ -737,13 +737,12 @@ def load_questions(path):
         raise UserError(f"{path} lacks the column(s) {', '.join(wrong)}, or has them in another type: write it anew "
                         "with data_prep.py")
     columns = ("key", "question", "options", "answer_index")
-    for clip, key, question, options, answer_index in zip(clip_sizes(questions), *(questions[c] for c in columns)):
-        if is_blank(question) or len(options or []) != 4 or any(map(is_blank, options)):
-            raise UserError(f"{path}: {key} is no question with four options: leave it out, as data_prep.py does")
-        if answer_index not in range(4):
-            raise UserError(f"{path}: {key} has the answer_index {answer_index}: it counts the options from 0 to 3")
-        if not clip:
-            raise UserError(f"{path}: {key} has no clip: leave it out, as data_prep.py does")
+    for size, key, question, options, answer_index in zip(clip_sizes(questions), *(questions[c] for c in columns)):
+        wrong = ("no four options" if len(options or []) != 4 or any(map(is_blank, options)) else
+                 "no question" if is_blank(question) else "no clip" if not size else
+                 f"the answer_index {answer_index}, not 0 to 3" if answer_index not in range(4) else None)
+        if wrong:
+            raise UserError(f"{path}: {key} has {wrong}: leave it out, as data_prep.py does")
     return questions
 
 
@@ -1278,11 +1277,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def check_writable(folder):
+def check_writable(path):
     """Raise UserError unless a folder, or the nearest above it that exists, can be written."""
-    above = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-    if not folder or not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {folder}: nothing can be written there")
+    above = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+    if not path or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {path}: nothing can be written there")
 
 
 def write_aside(path, write):
@@ -1315,7 +1314,10 @@ def open_log(path, size):
 def write_line(file, values):
     """Append one JSON line; a number that is not finite becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    print(json.dumps(finite), file=file, flush=True)
+    try:
+        print(json.dumps(finite), file=file, flush=True)
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be written: {error}") from error
 
 
 def save_adapter(lm, out, cfg):
@@ -1393,9 +1395,9 @@ def find_checkpoint(cfg):
     free = FREE | {"max_new_tokens"} & cfg.given  # of those that move numbers one alone, and only if it is asked for
     if other := changed.keys() - free:
         raise UserError(f"--resume: {found[-1]} was made with another {', '.join(sorted(other))}: give the same ones")
-    if short := [name for name, size in state["sizes"].items() if not (out / name).exists() or
-                 (out / name).stat().st_size < size]:
-        raise UserError(f"--resume: {out}/{short[0]} is shorter than it was when {found[-1]} was written")
+    for log in (out / name for name in state["sizes"]):
+        if not log.exists() or log.stat().st_size < state["sizes"][log.name]:
+            raise UserError(f"--resume: {log} is shorter than it was when {found[-1]} was written")
     changed = ", ".join(f"{k} {v}" for k, v in changed.items() if k not in ("out", "resume"))
     if changed:
         print(f"--resume with {changed}")
@@ -1423,10 +1425,10 @@ OUTPUTS = ("summary.json", "adapter_config.json", "adapter_model.safetensors", "
 def check_out(out):
     """Raise UserError if a run cannot write to the folder, or must not: if it has files, but no run's config.json."""
     check_writable(out)
-    if Path(out).exists() and any(Path(out).iterdir()):
-        try:
-            parse_json((Path(out) / "config.json").read_text(), out, "group_size")
-        except (OSError, ValueError, UserError) as error:
+    try:
+        parse_json((Path(out) / "config.json").read_text(errors="replace"), out, "group_size")
+    except (OSError, UserError) as error:
+        if Path(out).exists() and any(Path(out).iterdir()):
             raise UserError(f"--out {out}: files are in it, but not those of a run; give a new folder") from error
 
 
@@ -1497,7 +1499,7 @@ def number(kind, interval):
 
 
 def config_parser():
-    """The parser of Config's fields."""
+    """The parser of Config's fields. argparse.SUPPRESS: what is not given does not appear."""
     parser = Parser(prog="tars.py", usage="tars.py [--setting value ...]", allow_abbrev=False,
                     description="setting: meaning [default; where the paper gives it]",
                     formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=120))
@@ -1615,7 +1617,7 @@ def run(program, main):
     except UserError as error:
         message, code = str(error), 2
     except OSError as error:  # an unwritable folder, a full disk
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+        message, code = f"{error.filename or 'the disk'}: {error.strerror or error}", 2
     except KeyboardInterrupt as error:
         message, code = "; ".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), 130
     except (RuntimeError, MemoryError) as error:

@@ -1116,9 +1116,9 @@ GOOD = {"key": "q7", "question": "Who?", "options": ["w", "x", "y", "z"], "answe
 
 @pytest.mark.parametrize("change, says", [
     ({"answer_index": 4}, "q7 has the answer_index 4"), ({"answer_index": -1}, "q7 has the answer_index -1"),
-    ({"options": ["w", "x", "y"]}, "q7 is no question with four options"), ({"options": list("vwxyz")}, "q7 is no question"),
-    ({"options": ["w", "", "y", "z"]}, "q7 is no question"), ({"options": []}, "q7 is no question"), ({"question": ""}, "q7 is no question"),
-    ({"question": " \n"}, "q7 is no question"), ({"question": None}, "q7 is no question"), ({"answer_index": None}, "q7 has the answer_index None"),
+    ({"options": ["w", "x", "y"]}, "q7 has no four options"), ({"options": list("vwxyz")}, "q7 has no four options"),
+    ({"options": ["w", "", "y", "z"]}, "q7 has no four options"), ({"options": []}, "q7 has no four options"), ({"question": ""}, "q7 has no question"),
+    ({"question": " \n"}, "q7 has no question"), ({"question": None}, "q7 has no question"), ({"answer_index": None}, "q7 has the answer_index None"),
     (["audio"], r"lacks the column.s. audio"), (["options", "key"], r"lacks the column.s. key, options"),
     (["answer_index"], "answer_index"), (["prompt_for_tts"], "prompt_for_tts"), ([], "an empty one"),
 ], ids=str)
@@ -2958,8 +2958,8 @@ STRANGE = [
     *((program, "", damage, says) for damage, says in (
         (row(answer_index=7), "answer_index 7"), (row(answer_index=None), "answer_index None"), (row(audio=None), "no clip"),
         (row(audio={"bytes": b""}), "no clip"), (row(options=["a", "\u200b", "c", "d"]), "four options"), (row(options=["a", None, "c", "d"]), "four options"),
-        (row(options=["a"]), "four options"), (row(options=None), "four options"), (row(question="\ufeff \u2060"), "four options"),
-        (row(question=None), "four options"), (rows("train", lambda made: [r.update(answer_index=float(r["answer_index"])) for r in made]), "answer_index"),
+        (row(options=["a"]), "four options"), (row(options=None), "four options"), (row(question="\ufeff \u2060"), "no question"),
+        (row(question=None), "no question"), (rows("train", lambda made: [r.update(answer_index=float(r["answer_index"])) for r in made]), "answer_index"),
         (rows("train", lambda made: [r.update(answer_index=True) for r in made]), "answer_index"),
         (rows("train", lambda made: [r.update(options=dict(zip("abcd", r["options"]))) for r in made]), "options"),
         (rows("train", lambda made: [r.update(options="wxyz") for r in made]), "options"), (rows("train", lambda made: [r.update(key=1) for r in made]), "key"),
@@ -3033,6 +3033,107 @@ def test_strange_input_ends_in_one_line_before_the_work(world, case, monkeypatch
     said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "%|" not in line]  # no progress bars
     assert end.value.code == 2 and len(said) == 1 and said[0].startswith(f"{program}.py: ") and says in said[0], said
     assert {path: path.stat().st_mtime_ns for path in w.rglob("*") if path.name != "cache"} == before  # nothing written, nothing removed
+
+
+FULL = """
+import sys, resource, importlib, tars
+name, where, nth, *flags = sys.argv[1:]
+program, (*path, last), calls = importlib.import_module(name), where.split("."), []
+owner = program
+for part in path:
+    owner = getattr(owner, part)
+before = getattr(owner, last)
+def full(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == int(nth):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60, resource.RLIM_INFINITY))
+    return before(*args, **kwargs)
+setattr(owner, last, staticmethod(full) if isinstance(owner, type) else full)
+tars.run(name, lambda: program.main(flags))
+"""
+
+
+@slow
+@pytest.mark.parametrize("program, flags, where, nth", [
+    *(("tars", "--out {w}/new --save-every 0 --max-new-tokens 8 --resume auto", where, nth) for where, nth in (
+        ("write_json", 1), ("open_log", 1), ("save_checkpoint", 1), ("save_checkpoint", 2), ("write_line", 1), ("write_line", 2), ("save_adapter", 1))),
+    *(("data_prep", "tars --origin {w}/train --out {w}/new", where, nth) for where, nth in (("resume", 1), ("wav_bytes", 3), ("write_line", 2), ("datasets.Dataset.from_list", 1))),
+    *(("eval", "--max-new-tokens 8 --out {w}/kept --layers --plot {w}/a.png", "save", 1), ("eval", "--max-new-tokens 8 --out {w}/kept", "cached_records", 1),
+      ("eval", "--max-new-tokens 8 --out {w}/kept", "answer_greedily", 1)),
+])
+def test_full_disk_ends_in_one_line_and_the_same_command_goes_on_when_there_is_room(world, program, flags, where, nth):
+    """`ulimit -f` from some call of a function on: no file grows beyond 60 bytes."""
+    w = world()
+    flags = [*({"tars": ["--model", w / "model", *SHORT], "eval": ["--model", w / "model"]}.get(program, [])), *(f.replace("{w}", str(w)) for f in flags.split())]
+    said = [line for line in run("-c", FULL, program, where, nth, *flags, fails=True).replace("\r", "\n").splitlines() if line.strip("\x1b[A ") and "%|" not in line]
+    assert len(said) == 1 and "File too large" in said[0] and not list(w.rglob("*.safetensors.part"))
+    run(HERE / f"{program}.py", *flags)
+
+
+def test_at_every_moment_an_adapter_has_its_own_scale(checkpoint, lm, questions, answers, tmp_path):
+    """Killed between the two files over an older adapter: adapter_config.json is the old one's, the weights bring theirs."""
+    perturb(lm)
+    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    keys("adapter_config.json", r=4, lora_alpha=1)(tmp_path)
+    fresh = SpeechLM.from_pretrained(checkpoint)
+    evaluation.load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(forward(fresh, questions, *answers)[0], forward(lm, questions, *answers)[0])
+    tensor("adapter_model.safetensors", lambda *_: None, {"format": "pt"})(tmp_path)  # as PEFT writes it: the scale is in the other file
+    keys("adapter_config.json", r=8, lora_alpha=32)(tmp_path)
+    evaluation.load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(forward(fresh, questions, *answers)[0], forward(lm, questions, *answers)[0])
+
+
+def test_new_run_in_a_finished_runs_folder_removes_its_files_first_and_no_others(world, monkeypatch):
+    w = world()
+    (w / "run" / "checkpoints" / "step-best.safetensors").write_text("mine")
+    (w / "run" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(tars, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tars.main([str(x) for x in ("--model", w / "model", "--out", w / "run", *SHORT, "--lora-alpha", 8)])
+    assert {p.name for p in (w / "run").rglob("*")} == {"config.json", "notes.txt", "checkpoints", "step-best.safetensors"}
+    assert json.loads((w / "run" / "config.json").read_text())["lora_alpha"] == 8
+
+
+@pytest.mark.parametrize("damage", [lambda part: (part / "1.wav").write_bytes(b""), lambda part: (part / "1.wav").unlink(), lambda part: (part / "rows.jsonl").write_bytes(b""),
+                                    lambda part: (part / "0.wav").write_bytes((part / "0.wav").read_bytes()[:-2])])
+def test_clips_that_a_power_cut_took_are_made_again(world, monkeypatch, capsys, damage):
+    w = world()
+    monkeypatch.setattr(datasets.Dataset, "from_list", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(capsys, "tars", "--origin", w / "train", "--out", w / "new", "--limit", 3)
+    monkeypatch.undo()
+    damage(w / "new.part")
+    prepare(capsys, "tars", "--origin", w / "train", "--out", w / "new", "--limit", 3)
+    clips = lambda path: [row["audio"]["bytes"] for row in load_questions(path).select(range(3))]
+    assert [len(clip) for clip in clips(w / "new")] == [len(clip) for clip in clips(w / "train")]
+
+
+def test_terminal_without_unicode_gets_question_marks(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    tars.run("tars.py", lambda: print("où", flush=True))
+    with pytest.raises(SystemExit):
+        tars.run("tars.py", lambda: (_ for _ in ()).throw(tars.UserError("où")))
+    sys.stderr.flush()
+    assert sys.stdout.buffer.getvalue() == b"o?\n" and sys.stderr.buffer.getvalue() == b"tars.py: o?\n"
+
+
+def test_full_memory_of_a_cpu_ends_like_that_of_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        tars.run("tars.py", lambda: torch.empty(10**14))
+    assert "out of memory at" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tars.run("tars.py", lambda: np.empty(10**14))
+    assert "lower --tokens-per-micro-batch" in capsys.readouterr().err
+
+
+def test_one_data_set_named_twice_is_measured_once(world, capsys, monkeypatch):
+    w = world()
+    monkeypatch.chdir(w)
+    monkeypatch.setattr(evaluation, "compare", lambda args, cfg, sets: print(sorted(sets)))
+    evaluation.main(["--model", "model", "--data", "test", "./test/", str(w / "test")])
+    assert capsys.readouterr().out.endswith("['test']\n")
 
 
 # ======================================================================================================================
