@@ -305,7 +305,7 @@ def spoken_accuracy(lm, questions):
     right = 0
     for first in range(0, len(questions), 64):
         batch = questions[first : first + 64]
-        prompts = [[lm.prompt(lm.spoken_turn(question))] for question in batch]  # b lists of one prompt [P, H]
+        prompts = [[lm.prompt(turn)] for turn in lm.spoken_turns(batch)]  # b lists of one prompt [P, H]
         completions = lm.detokenize(*lm.rollout(prompts, 1, 26, temperature=0)[:2])
         right += judge(batch, completions, extract_answers)[1].sum().item()
     return right / len(questions)
@@ -324,24 +324,21 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     table, token = lm.model.get_input_embeddings().weight, lm.tokenizer.convert_tokens_to_ids
     pause, accuracy, order = token(PAUSE), 0.0, []
     answers = [torch.tensor(lm.tokenizer(answer + lm.family.end_of_turn[0]).input_ids) for answer in answers]
-    mels = [lm.feature_extractor(read_clip(row["audio"]["bytes"]).numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
-                         return_tensors="pt").input_features[0].T for row in tqdm(rows, desc="features", unit="clip")]
+    mels = [lm.family.features(lm.feature_extractor, read_clip(row["audio"]["bytes"]))
+            for row in tqdm(rows, desc="features", unit="clip")]
     bar = tqdm(range(1, steps + 1), desc="base model 2/2: encoder and projector, LLM frozen", unit="step")
     for step in bar:
         order = order if len(order) >= 16 else order + rng.permutation(len(rows)).tolist()
         batch, order = order[:16], order[16:]
-        frames = torch.tensor([len(mels[i]) for i in batch])
-        mel = nn.utils.rnn.pad_sequence([mels[i] for i in batch], batch_first=True).transpose(1, 2)  # [16, 128, frames]
-        mask = (torch.arange(mel.shape[2]) < frames[:, None]).long()  # [16, frames]
-        states = lm.model.get_audio_features(mel, mask, return_dict=True).last_hidden_state  # [n, H], clip after clip
-        counts = (((frames - 1) // 2 + 1 - 2) // 2 + 1).tolist()  # audio tokens of each clip
+        clips = lm.family.encode(lm.model, [mels[i] for i in batch])  # 16 of [tokens, H]
+        states, counts = torch.cat(clips), [len(clip) for clip in clips]  # [n, H]
         targets = torch.full((len(states),), pause)
         for start, i, count in zip(np.cumsum([0, *counts]), batch, counts):
             for word, end in words[i]:
                 targets[start + min(count - 1, int(25 * end))] = token(word)
         loss = nearness_loss(states, targets, table, pause)
         if step > steps // 3:
-            loss = loss + answer_loss(lm, states.split(counts), [answers[i] for i in batch])
+            loss = loss + answer_loss(lm, clips, [answers[i] for i in batch])
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.05 if step > steps // 3 else 1)
         descend(loss, optimizer)
         if step >= steps // 4 and step % 5 == 0:

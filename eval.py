@@ -37,10 +37,10 @@ from transformers import PreTrainedTokenizerFast
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
 from tars import DEVICE, DTYPE, FAMILIES, LETTERS, MODALITIES, SAMPLE_RATE, SYSTEM_PROMPT, TEXT, Config, LoRALinear
 from tars import NGramEmbedder, Parser, Phi4Multimodal, Qwen25Omni, SpeechLM, UserError, XFinder, answer_greedily
-from tars import attach_lora, check, check_room, check_writable, config_parser, extract_answers, family_of, fingerprint
-from tars import grpo_loss, judge, layer_weights, load_embedder, load_extractor, load_helper, load_questions
-from tars import load_tensors, make_trainable, modality_advantages, modality_recovery_rate, number, pad_left
-from tars import parse_config, parse_json, peak_memory, positions, question_batches, read_clip, read_settings
+from tars import attach_lora, by_length, check, check_room, check_writable, config_parser, extract_answers, family_of
+from tars import fingerprint, grpo_loss, judge, layer_weights, load_embedder, load_extractor, load_helper
+from tars import load_questions, load_tensors, make_trainable, modality_advantages, modality_recovery_rate, number
+from tars import pad_left, parse_config, parse_json, peak_memory, positions, question_batches, read_clip, read_settings
 from tars import reference_features, representation_reward, run, to_device, token_weights, train_step, without_lora
 from tars import write_aside, write_line
 
@@ -114,8 +114,8 @@ def speech_lms(args, cfg, sets=()):
 
 
 def cached_records(name, paths, data, questions, each, answer, args, cfg):
-    """The records of one measurement, `each` of them a question, in order; all are kept in a file in args.out.
-    Those of an earlier run are read from there, the rest come in batches from answer(first question). The file's name
+    """The records of one measurement, `each` of them a question, in the data's order; all are kept in args.out.
+    Those of an earlier run are read from there, the rest come in batches from answer(questions, start). The file's name
     holds a hash of everything the answers depend on; paths: the models among it.
     """
     begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
@@ -128,11 +128,14 @@ def cached_records(name, paths, data, questions, each, answer, args, cfg):
         first = len(done) // (each * cfg.eval_batch) * cfg.eval_batch  # whole batches, to form the same ones again
         done = done[: each * first]
         file.write_text("".join(json.dumps(line) + "\n" for line in [begun, *done]))
+        order = by_length(questions)
         with open(file, "a") as records:
-            for batch in answer(first):
+            for batch in answer(questions.select(order), start=first):
                 for record in batch:
                     write_line(records, record)
                 done += batch
+        done = [record for i in np.argsort(order) for record in done[each * i : each * (i + 1)]]
+        write_aside(file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in [begun, *done])))
     return done
 
 
@@ -165,7 +168,7 @@ def compare(args, cfg, sets):
     for name, lm in speech_lms(args, cfg, sets.values()):
         measured = {}
         for data, questions in sets.items():
-            answer = partial(answer_greedily, lm, questions, extract, cfg)
+            answer = partial(answer_greedily, lm, extract=extract, cfg=cfg)
             paths = [args.model, name] if name in args.adapter else [args.model]
             records = cached_records(name, paths, data, questions, len(MODALITIES), answer, args, cfg)
             measured[data] = {m: [r for r in records if r["modality"] == m] for m in MODALITIES}
@@ -176,7 +179,7 @@ def compare(args, cfg, sets):
             name = f"cascade {args.cascade}"
             paths = [args.model, args.cascade]
             rows.append(row_of(name, {data: {"speech": cached_records(
-                name, paths, data, questions, 1, partial(cascade, lm, listener, questions, extract, cfg), args, cfg)}
+                name, paths, data, questions, 1, partial(cascade, lm, listener, extract=extract, cfg=cfg), args, cfg)}
                 for data, questions in sets.items()}, base_text))
     sizes = ", ".join(f"{data}: {len(questions)} questions" for data, questions in sets.items())
     columns = [f"{data} {column}" for data in sets for column in ("A %", "T %")]
@@ -220,7 +223,7 @@ def transcribe(args, cfg, sets):
             errors = []
             for batch in question_batches(questions, cfg.eval_batch, "asr"):
                 with torch.no_grad():
-                    prompts = [[torch.cat([before, lm.spoken_turn(q), request, after])] for q in batch]
+                    prompts = [[torch.cat([before, turn, request, after])] for turn in lm.spoken_turns(batch)]
                 outputs = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
                 errors += [word_error_rate(q["prompt_for_tts"], transcript(text)) for q, text in zip(batch, outputs)]
             mean, half = mean_and_interval(100 * np.array(errors))
@@ -241,7 +244,9 @@ def ask(args, cfg):
         raise UserError(f"--ask {args.ask}: there is no such file")
     clip = wav_bytes(decode_clip(Path(args.ask).read_bytes(), args.ask)) if spoken else None
     for name, lm in speech_lms(args, cfg):
-        turn = lm.spoken_turn({"key": args.ask, "audio": {"bytes": clip}}) if spoken else lm.embed_text(args.ask)
+        asked = {"key": args.ask, "audio": {"bytes": clip}}
+        with torch.no_grad():
+            turn = lm.spoken_turns([asked])[0] if spoken else lm.embed_text(args.ask)
         ids, mask, truncated = lm.rollout([[lm.prompt(turn)]], 1, cfg.max_new_tokens, temperature=0)
         print(f"{name}: {lm.detokenize(ids, mask)[0]}{' ... (cut)' if truncated else ''}")
 
@@ -538,7 +543,7 @@ def with_random_weights(path):
 
 
 def random_weights(args):
-    """Two training steps on noise, every answer of full length, to see seconds a phase and peak memory.
+    """Two training steps on noise, to see seconds a phase and peak memory. Answers are cut, or end by chance.
     Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
     """
     given = ("questions_per_step", "group_size", "max_new_tokens", "tokens_per_micro_batch")
@@ -546,15 +551,18 @@ def random_weights(args):
     cfg = Config(model=args.random_weights, **given)
     check(cfg)
     lm, seconds = with_random_weights(cfg.model), args.audio_seconds or 60
+    if args.mean_tokens:  # one token in so many ends an answer: the distribution over tokens is nearly uniform
+        lm.eos_ids = torch.arange(0, lm.model.lm_head.out_features, args.mean_tokens, device=lm.device)
     rng = np.random.default_rng(cfg.seed)
     clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * seconds)))
-    # Read aloud, English is about 15 characters a second.
-    questions = [{"key": f"noise-{i}", "question": "word " * int(3 * seconds), "options": list(LETTERS),
+    # Written, a question of the paper's takes 340 tokens, and 73 s read aloud.
+    questions = [{"key": f"noise-{i}", "question": "word " * int(340 / 73 / 5 * seconds), "options": list(LETTERS),
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
     optimizer, generator = make_trainable(lm, cfg)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(f"{len(lm.decoder.layers)} layers in {str(DTYPE).removeprefix('torch.')} on the {device}: {len(questions)} "
-          f"questions, clips of {seconds:g} s, {cfg.group_size} answers of {cfg.max_new_tokens} tokens each")
+          f"questions, clips of {seconds:g} s, {cfg.group_size} answers of {cfg.max_new_tokens} tokens each" +
+          (f" at most, {args.mean_tokens} on average" if args.mean_tokens else ""))
     for step in range(2):
         metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
         phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}
@@ -589,6 +597,7 @@ def main(arguments=None):
         ("--questions-per-step", number(int, "[1, inf)"), "with --random-weights: B [8]"),
         ("--group-size", number(int, "[4, inf)"), "with --random-weights: G [8]"),
         ("--tokens-per-micro-batch", number(int, "[1, inf)"), "with --random-weights: as in tars.py [16384]"),
+        ("--mean-tokens", number(int, "[2, inf)"), "with --random-weights: an answer's mean length [all are cut]"),
         ("--audio-seconds", number(float, "[0.1, 300]"), "with --random-weights: length of its clips [60]"),
     ):
         parser.add_argument(flag, type=kind, metavar="", help=help)

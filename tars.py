@@ -74,9 +74,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicLayer, Phi4MultimodalFeatureExtractor
+from transformers import Phi4MultimodalForCausalLM, PretrainedConfig
 from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2ForCausalLM
 from transformers import Qwen3Model, WhisperFeatureExtractor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file
 
 MODALITIES = ("speech", "text")
@@ -296,12 +299,12 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
 
     layer_w = layer_weights(cfg.layers, len(lm.decoder.layers)).to(lm.device)  # [L]
     old_logps = torch.zeros_like(token_w)  # [B, M, G/2, C]
+    batches, padding = micro_batches(prompts, completion_mask, cfg.tokens_per_micro_batch)  # lists of b questions
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
-        for batch in micro_batches(prompts, completion_mask, cfg.tokens_per_micro_batch):  # indices of b questions
+        for batch in batches:
             # 4. One forward: log-probs [b, M, G/2, C] with gradient, pooled states [b, M, G/2, L, H] without, Eq. (4).
-            C = completion_mask[batch].sum(-1).max()  # the longest of these answers
-            ids, mask, w = (x[batch, ..., :C] for x in (completion_ids, completion_mask, token_w))  # [b, M, G/2, C]
+            ids, mask, w = (x[batch] for x in (completion_ids, completion_mask, token_w))  # [b, M, G/2, C]
             logps, states = lm.forward([prompts[q] for q in batch], ids, mask, cfg.temperature, pool=cfg.alpha != 0)
             clock.lap("forward")
             if update == 0:
@@ -313,10 +316,10 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
                 # 6. Advantages: Eq. (7).
                 advantages[batch] = modality_advantages(rewards[batch], cfg.joint_norm)
                 # On-policy, pi_old is the policy that just ran: the ratio is 1 until the first update is made.
-                old_logps[batch, ..., :C] = logps.detach()
+                old_logps[batch] = logps.detach()
                 clock.lap("rewards")
             # 7. Loss of these questions, and its gradient.
-            part = grpo_loss(logps, old_logps[batch, ..., :C], advantages[batch], mask, cfg.eps_low, cfg.eps_high, w)
+            part = grpo_loss(logps, old_logps[batch], advantages[batch], mask, cfg.eps_low, cfg.eps_high, w)
             part.backward()
             loss += part.item()
             clock.lap("backward")
@@ -332,7 +335,8 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     terms = {"acc": acc, "fmt": fmt, "rep": rep, "beh": beh, "reward": rewards}  # each [B, M, G/2]
     group = first_group(questions[0], completions, terms | {"base": base, "advantage": advantages}, references)
     metrics = step_means(terms | {"truncated": truncated, "length": completion_mask.sum(-1)}, letters, references)
-    return metrics | {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite)} | clock.seconds, group
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite), "padding": padding}
+    return metrics | clock.seconds, group
 
 
 def judge(questions, completions, extract):
@@ -358,23 +362,18 @@ def layer_weights(layers, L):
 
 
 def micro_batches(prompts, completion_mask, budget):
-    """Pack a step's questions into forward passes of at most `budget` tokens, padding included: lists of indices.
-    prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C]. A group is never split, because Eq. (5)
-    compares its answers and Eq. (7) takes their mean; a group longer than the budget goes alone. Questions are sorted,
-    the longest first: a pass too large for memory fails at once, and similar lengths share a pass.
+    """Pack a step's questions into forward passes of at most `budget` tokens: lists of indices, and tokens computed per
+    token needed. prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C]. A question is one row and never
+    split, because Eq. (5) compares its answers and Eq. (7) takes their mean; one longer than the budget goes alone.
+    The longest come first: a pass too large for memory fails at once, and similar lengths share a pass.
     """
-    M, samples = completion_mask.shape[1:3]
-    P = [max(map(len, question)) for question in prompts]  # longest prompt of each question
-    C = completion_mask.sum(-1).amax((1, 2)).tolist()  # longest answer of each question
-    batches = [[]]
-    for q in sorted(range(len(prompts)), key=lambda q: P[q] + samples * C[q], reverse=True):
-        batch = [*batches[-1], q]
-        row = max(P[q] for q in batch) + samples * max(C[q] for q in batch)  # tokens of one prompt and its answers
-        if len(batch) == 1 or len(batch) * M * row <= budget:
-            batches[-1] = batch
-        else:
-            batches.append([q])
-    return batches
+    tokens = [sum(map(len, question)) + n for question, n in zip(prompts, completion_mask.sum((1, 2, 3)).tolist())]
+    batches = []
+    for q in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * tokens[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(q)
+    return batches, sum(len(batch) * tokens[batch[0]] for batch in batches) / sum(tokens)
 
 
 # ==== 4. SpeechLM: encoder -> projector -> LLM ========================================================================
@@ -398,26 +397,27 @@ class SpeechLM:
         # AutoTokenizer would build the class that tokenizer_config.json names and ignore half of tokenizer.json.
         tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, path, revision=revision)
         feature_extractor = open_pretrained(family.feature_extractor_class.from_pretrained, path, revision=revision)
-        model = open_pretrained(family.load, path, revision=revision, dtype=DTYPE, attn_implementation="sdpa")
+        model = open_pretrained(family.load, path, revision=revision, dtype=DTYPE, attn_implementation="folded")
         return cls(family, to_device(model, family), tokenizer, feature_extractor)
 
     @torch.no_grad()
     def embed(self, questions):
         """The prompts of B questions, spoken and written: B lists of M prompts [P, H], each of its own length."""
-        return [[self.prompt(self.spoken_turn(question)), self.prompt(self.embed_text(written_question(question)))]
-                for question in questions]
+        return [[self.prompt(spoken), self.prompt(self.embed_text(written_question(question)))]
+                for question, spoken in zip(questions, self.spoken_turns(questions))]
 
     def prompt(self, user_turn):
         """User turn [tokens, H] -> [P, H], with the family's template around it."""
         return torch.cat([self.embed_text(self.family.before_user, special=True), user_turn,
                           self.embed_text(self.family.after_user, special=True)])
 
-    def spoken_turn(self, question):
-        """The user turn of a spoken question, the clip alone -> [tokens, H]. Encoder and projector run only here."""
-        clip = read_clip(question["audio"]["bytes"], question["key"])  # [samples]
-        return torch.cat([self.embed_text(self.family.before_audio, special=True),
-                          self.family.encode(self.model, self.feature_extractor, clip),
-                          self.embed_text(self.family.after_audio, special=True)])
+    def spoken_turns(self, questions):
+        """The user turns of spoken questions, clips alone: list of [tokens, H]. Encoder and projector run only here."""
+        clips = [read_clip(question["audio"]["bytes"], question["key"]) for question in questions]  # B of [samples]
+        features = [self.family.features(self.feature_extractor, clip) for clip in clips]
+        before = self.embed_text(self.family.before_audio, special=True)  # [tokens, H]
+        after = self.embed_text(self.family.after_audio, special=True)  # [tokens, H]
+        return [torch.cat([before, clip, after]) for clip in self.family.encode(self.model, features)]
 
     def embed_text(self, text, special=False):
         """Text -> [tokens, H]. Control tokens are parsed only with `special`; in a question they are ordinary text."""
@@ -441,9 +441,10 @@ class SpeechLM:
         Returns completion_ids and completion_mask [B, M, samples, C] and truncated [B, M, samples]. The mask runs
         through the first end-of-turn, inclusive, so that ending a turn is learnt too. All samples of a prompt share one
         row, and its cache: each step adds one token per sample. The row is removed once every sample has ended.
+        LoRA is not merged into W for it: in bfloat16 that is another policy (measured: log-probs differ by up to 0.37).
         """
         embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [N, P, H], [N, P]
-        cache = DynamicCache(config=self.decoder.config)
+        cache = Cache(layer_class_to_replicate=RoomyLayer)
         output = self.run_decoder(embeds, prompt_mask, positions(prompt_mask), past_key_values=cache)
         hidden = output.last_hidden_state[:, -1:].expand(-1, samples, -1)  # [N, P, H] -> [N, samples, H]
         ids = torch.full((len(embeds), samples, max_new_tokens), self.pad_id, device=self.device)  # [N, samples, C]
@@ -475,26 +476,31 @@ class SpeechLM:
         prompts: b lists of M prompts [P, H], completion_ids and completion_mask [b, M, G/2, C] -> per_token_logps
         [b, M, G/2, C] with gradient, and Eq. (4) of every layer [b, M, G/2, L, H], detached (None without `pool`).
         """
-        embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [N, P, H], [N, P]
-        ids, mask = completion_ids.flatten(0, 1), completion_mask.flatten(0, 1)  # [N, G/2, C] with N = b * M
-        P, (samples, C) = embeds.shape[1], ids.shape[1:]
-        embeds = torch.cat([embeds, self.embed_tokens(ids.flatten(1))], dim=1)  # [N, T, H] with T = P + G/2 * C
-        attention_mask, position_ids = shared_prompt_row(prompt_mask, mask)  # [N, 1, T, T], [N, T]
+        answered = completion_mask.bool()  # [b, M, G/2, C]
+        lengths = [[len(prompt) for prompt in question] for question in prompts]  # [b, M]
+        attention_mask, position_ids, previous = paired_rows(torch.tensor(lengths, device=self.device), answered)
+        answers = self.embed_tokens(completion_ids)  # [b, M, G/2, C, H]
+        rows = [torch.cat([part for m, prompt in enumerate(question)  # a prompt, its answers, the next prompt, ...
+                           for part in (prompt, answers[q, m][answered[q, m]])]) for q, question in enumerate(prompts)]
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [b, T, H], padded on the right
         output = self.run_decoder(embeds, attention_mask, position_ids, output_hidden_states=pool)
-        hidden = output.last_hidden_state  # [N, T, H]
-        # The state at position t-1 predicts token t; for an answer's first token that is the prompt's last position.
-        first = hidden[:, None, P - 1 : P].expand(-1, samples, -1, -1)  # [N, G/2, 1, H]
-        rest = hidden[:, P:].unflatten(1, (samples, C))[:, :, :-1]  # [N, G/2, C - 1, H]
-        predicts = torch.cat([first, rest], dim=2).flatten(0, 2)  # [N * G/2 * C, H]
+        is_answer = previous >= 0  # [b, T]
+        predicts = output.last_hidden_state[is_answer.nonzero()[:, 0], previous[is_answer]]  # [n, H], n answer tokens
         # Logits of 1,024 tokens at a time, recomputed in backward: those of all tokens are never in memory together.
         logps = [recompute(self._token_logps, h, tokens, temperature, use_reentrant=False)
-                 for h, tokens in zip(predicts.split(1024), ids.flatten().split(1024))]
-        logps = torch.cat(logps).view(completion_ids.shape)  # [b, M, G/2, C]
+                 for h, tokens in zip(predicts.split(1024), completion_ids[answered].split(1024))]
+        per_token_logps = predicts.new_zeros(answered.shape, dtype=torch.float32)  # [b, M, G/2, C], 0 at padding
+        per_token_logps[answered] = torch.cat(logps)
         if not pool:
-            return logps, None
-        layers = output.hidden_states[1:]  # L of [N, T, H]; entry 0 is the embedding, the last is after the final norm
-        pooled = [pool_hidden_states(layer[:, P:].detach().unflatten(1, (samples, C)), mask) for layer in layers]
-        return logps, torch.stack(pooled, dim=2).float().unflatten(0, completion_ids.shape[:2])  # L of [N, G/2, H] in
+            return per_token_logps, None
+
+        def pooled(layer):  # [b, T, H] -> Eq. (4), [b, M, G/2, H]
+            states = layer.new_zeros(*answered.shape, layer.shape[-1])  # [b, M, G/2, C, H]
+            states[answered] = layer[is_answer]
+            return pool_hidden_states(states, completion_mask)
+
+        # Entry 0 is the embedding; the last layer's comes after the final norm.
+        return per_token_logps, torch.stack([pooled(x.detach()) for x in output.hidden_states[1:]], dim=-2).float()
 
     def _token_logps(self, hidden, ids, temperature):
         return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
@@ -526,28 +532,34 @@ def positions(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def shared_prompt_row(prompt_mask, completion_mask):
-    """A prompt and all its answers as one row: who sees whom [N, 1, T, T] (query x key), and position ids [N, T].
-    prompt_mask [N, P], completion_mask [N, G/2, C]. The prompt is computed once, and no answer sees a sibling. With a
-    prompt of 2 tokens p and 2 answers of 2 tokens, a and b:
+def paired_rows(prompt_lengths, answered):
+    """Each question as one row: spoken prompt, its answers, written prompt, its answers, end to end.
+    prompt_lengths [b, M], answered: bool [b, M, G/2, C] -> who sees whom [b, 1, T, T] (query x key), position ids
+    [b, T], and for each token of an answer the index of the one that predicts it, -1 elsewhere [b, T]. A token sees the
+    prompt of its part, and what stands before it in its own part. With prompts s of 2 tokens and t of 1, one answer to
+    each, a of 2 tokens and b of 1, and one token of padding:
 
-        query  key: p p a a b b   position
-        p           1 . . . . .   0
-        p           1 1 . . . .   1
-        a           1 1 1 . . .   2
-        a           1 1 1 1 . .   3
-        b           1 1 . . 1 .   2
-        b           1 1 . . 1 1   3
+        query  key: s s a a t b -   part  position  previous
+        s           1 . . . . . .   0     0         -1
+        s           1 1 . . . . .   0     1         -1
+        a           1 1 1 . . . .   1     2          1
+        a           1 1 1 1 . . .   1     3          2
+        t           . . . . 1 . .   2     0         -1
+        b           . . . . 1 1 .   3     1          4
+        -           . . . . . . 1   -1    0         -1
     """
-    (_, samples, C), P = completion_mask.shape, prompt_mask.shape[1]
-    step = torch.arange(C, device=prompt_mask.device)  # [C]
-    of_answers = (prompt_mask.sum(-1, keepdim=True) + step).repeat(1, samples)  # [N, G/2 * C]
-    position_ids = torch.cat([positions(prompt_mask), of_answers], dim=1)  # [N, T] with T = P + G/2 * C
-    owner = torch.cat([step.new_full((P,), -1), torch.arange(samples, device=step.device).repeat_interleave(C)])  # [T]
-    sees = ((owner == -1) | (owner[:, None] == owner)).tril()  # [T, T]
-    present = torch.cat([prompt_mask, completion_mask.flatten(1)], dim=1).bool()  # [N, T]
-    itself = torch.eye(len(owner), dtype=torch.bool, device=step.device)  # [T, T]; a query without a key would give NaN
-    return (sees & present[:, None, None, :]) | itself, position_ids
+    b, M, samples, _ = answered.shape
+    sizes = torch.cat([prompt_lengths[..., None], answered.sum(-1)], dim=-1).flatten(1)  # [b, K]: K = M * (1 + G/2)
+    starts = F.pad(sizes.cumsum(-1), (1, 1))  # [b, K + 2]: where each part begins; part K is the padding
+    index = torch.arange(starts.max(), device=answered.device).expand(b, -1)  # [b, T]
+    part = torch.searchsorted(starts[:, 1:-1].contiguous(), index.contiguous(), right=True)  # [b, T]
+    prompt = part // (1 + samples) * (1 + samples)  # [b, T], the part that holds the prompt of a token's part
+    begin, first, answers = (starts.gather(1, x) for x in (part, prompt, prompt + 1))  # [b, T]
+    is_answer = part != prompt  # [b, T]
+    position_ids = index - begin + is_answer * (answers - first)  # [b, T]
+    previous = torch.where(index == begin, answers, index) - 1  # [b, T]; a first token follows the prompt's last
+    own = (part[:, :, None] == part[:, None]) | (prompt[:, :, None] == part[:, None])  # [b, T, T]
+    return own.tril()[:, None], position_ids, previous.masked_fill(~is_answer, -1)
 
 
 # ==== 5. LoRA, on every linear layer of the LLM and nowhere else ======================================================
@@ -612,7 +624,7 @@ def answer_greedily(lm, questions, extract, cfg, start=0):
 
 def evaluate(lm, questions, extract, cfg):
     """Accuracy of greedy answers to every question, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
-    mine = questions.select(range(RANK, len(questions), RANKS))
+    mine = questions.select(by_length(questions)[RANK::RANKS])
     records = [record for batch in answer_greedily(lm, mine, extract, cfg) for record in batch]
     right = torch.tensor([sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES], device=lm.device)
     return {m: count / len(questions) for m, count in zip(MODALITIES, sum_over_ranks(right).tolist())}
@@ -749,6 +761,12 @@ def load_questions(path):
 def is_blank(text):
     """Whether a person sees nothing in a text: None, or spaces, control and zero-width characters alone."""
     return all(unicodedata.category(c)[0] in "CZ" for c in text or "")
+
+
+def by_length(questions):
+    """Indices of questions, the shortest clip first: a batch of similar lengths has little padding."""
+    sizes = clip_sizes(questions)
+    return sorted(range(len(sizes)), key=sizes.__getitem__)
 
 
 def clip_sizes(questions):
@@ -894,13 +912,14 @@ class Qwen25Omni:
     repository, revision      place on the hub, and the branch to load of that place alone
     model_types               names in config.json
     model_class               with get_decoder(), which has `layers`, get_input_embeddings() and lm_head
-    feature_extractor_class   from a waveform to what `encode` gives to the encoder
+    feature_extractor_class   transformers' class that `features` calls
     vision_part               module that stays on the CPU, since no question has a picture
     before_..., after_...     template around the user turn and around a clip
     end_of_turn               tokens that end an answer; the last one also pads
     load                      from a path to the model, on the CPU
     placeholders              ids that stand for audio or pictures in a prompt, never to be sampled
-    encode                    from a waveform to the projector's output
+    features                  from a waveform to what the encoder takes
+    encode                    from features of clips to the projector's output
     """
 
     repository, revision = "Qwen/Qwen2.5-Omni-7B", "main"
@@ -920,13 +939,20 @@ class Qwen25Omni:
         return [config.audio_token_id, config.image_token_id, config.video_token_id]
 
     @staticmethod
-    def encode(model, feature_extractor, waveform):
-        """One clip [T] -> audio embeddings [25 per second, H]. One at a time: no padding can leak into a clip."""
-        features = feature_extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
-                                     return_attention_mask=True, return_tensors="pt")
-        mel = features.input_features.to(model.device, model.dtype)  # [1, 128, frames]
-        mask = features.attention_mask.to(model.device)  # [1, frames]
-        return model.get_audio_features(mel, mask, return_dict=True).last_hidden_state
+    def features(feature_extractor, waveform):
+        """One clip [T] -> mel spectrogram [frames, 128]. One at a time: no padding can leak into a clip."""
+        return feature_extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
+                                 return_tensors="pt").input_features[0].T
+
+    @staticmethod
+    def encode(model, mels):
+        """Spectrograms of clips -> list of audio embeddings [25 per second, H]. The encoder packs clips end to end."""
+        frames = torch.tensor([len(mel) for mel in mels])
+        mel = nn.utils.rnn.pad_sequence(mels, batch_first=True).transpose(1, 2)  # [clips, 128, frames]
+        mask = (torch.arange(mel.shape[2]) < frames[:, None]).long()  # [clips, frames]
+        output = model.get_audio_features(mel.to(model.device, model.dtype), mask.to(model.device), return_dict=True)
+        tokens = ((frames - 1) // 2 - 1) // 2 + 1  # a convolution of stride 2, then the mean of two
+        return output.last_hidden_state.split(tokens.tolist())
 
 
 class Phi4Multimodal:
@@ -962,14 +988,21 @@ class Phi4Multimodal:
         return [config.audio_config.audio_token_id, config.vision_config.image_token_id]
 
     @staticmethod
-    def encode(model, feature_extractor, waveform):
-        """One clip [T] -> audio embeddings [12.5 per second, H]."""
-        features = feature_extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        audio, n = model.get_decoder().embed_tokens_extend.audio_embed, int(features.audio_embed_sizes)
-        # Its own forward writes the embeddings over placeholder tokens: let it write over nothing else.
-        ids = torch.full((1, n), model.config.audio_config.audio_token_id, device=model.device)
-        blank = torch.zeros(1, n, model.config.hidden_size, device=model.device, dtype=model.dtype)
-        return audio(ids, blank, features.audio_input_features, features.audio_embed_sizes)[0]
+    def features(feature_extractor, waveform):
+        """One clip [T] -> what Phi's encoder takes."""
+        return feature_extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+
+    @staticmethod
+    def encode(model, clips):
+        """Features of clips -> list of audio embeddings [12.5 per second, H]. One at a time: it would pad them."""
+        audio, embeds = model.get_decoder().embed_tokens_extend.audio_embed, []
+        for features in clips:
+            n = int(features.audio_embed_sizes)
+            # Its own forward writes the embeddings over placeholder tokens: let it write over nothing else.
+            ids = torch.full((1, n), model.config.audio_config.audio_token_id, device=model.device)
+            blank = torch.zeros(1, n, model.config.hidden_size, device=model.device, dtype=model.dtype)
+            embeds += audio(ids, blank, features.audio_input_features, features.audio_embed_sizes)
+        return embeds
 
 
 FAMILIES = (Qwen25Omni, Phi4Multimodal)
@@ -977,6 +1010,50 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 # cuDNN's attention, which torch prefers where there is a mask, plans anew for each shape: at each decoding step.
 torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def folded_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """Attention of a few queries behind a long cache: query heads that share a key head become more queries of it, so
+    that keys and values are read once where they lie; sdpa would copy them for each query head. query [N, heads, T, D],
+    key and value [N, key heads, S, D], attention_mask [N, 1, T, S] -> [N, T, heads, D].
+    """
+    (_, heads, T, _), (_, key_heads, S, _) = query.shape, key.shape
+    if heads == key_heads or attention_mask is None or 4 * T > S:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    shared = heads // key_heads  # query heads of a key head
+    query = query.unflatten(1, (key_heads, shared)).flatten(2, 3)  # [N, key heads, shared * T, D]
+    mask = attention_mask.repeat(1, 1, shared, 1)  # [N, 1, shared * T, S]
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return output.unflatten(2, (shared, T)).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("folded", folded_attention)
+AttentionMaskInterface.register("folded", sdpa_mask)  # a name without a mask function would drop 2-D masks
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room behind its keys and values [N, key heads, S, D]: a step adds to them without a copy."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Add the keys and values of new tokens. Returns all of both."""
+        new, S = (key_states, value_states), self.get_seq_length()
+        end = S + key_states.shape[-2]
+        if not self.is_initialized or end > self.buffers[0].shape[-2]:
+            old = (self.keys, self.values)
+            self.buffers = [x.new_empty(*x.shape[:2], end + 256, x.shape[-1]) for x in new]
+            for buffer, x in zip(self.buffers, old if self.is_initialized else ()):
+                buffer[:, :, :S] = x
+            self.is_initialized = True
+        for buffer, x in zip(self.buffers, new):
+            buffer[:, :, S:end] = x
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keep some rows."""
+        S = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :S] for buffer in self.buffers)
 
 
 def revision_of(family, path):

@@ -328,9 +328,12 @@ SUMS = list(data_prep.expressions())
 
 
 def tiny_qwen():
-    """The demo's architecture and tokenizer, untrained."""
+    """The demo's architecture and tokenizer, untrained, with four query heads to a key head."""
     tokenizer = data_prep.demo_tokenizer(data_prep.demo_texts(np.random.default_rng(0)))
-    return data_prep.demo_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128, chunk_length=300)
+    config = data_prep.demo_model(tokenizer).config
+    config.text_config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    return tars.Qwen25Omni.model_class(config), tokenizer, WhisperFeatureExtractor(feature_size=128, chunk_length=300)
 
 
 def tiny_phi():
@@ -339,7 +342,7 @@ def tiny_phi():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|audio|>", "<|image|>"]})
     end, turn, audio, image = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>", "<|audio|>", "<|image|>"])
     config = Phi4MultimodalConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
         max_position_embeddings=4096, initializer_range=0.12, pad_token_id=end, bos_token_id=end, eos_token_id=[end, turn],
         vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, crop_size=28,
                            patch_size=14, image_token_id=image),
@@ -666,7 +669,7 @@ def test_judge_pairs_completions_with_their_questions():
 
 
 def test_micro_batches_by_hand():
-    # Longer prompt + 2 samples x longest answer, a row: 10 + 2 * 5 = 20, 30 + 2 * 5 = 40, 12 + 2 * 6 = 24, 28 + 2 * 2 = 32.
+    # Two prompts and 2 + 2 answers, a row: 10 + 4 + 5 + 1 + 1 + 1 = 22, 35 + 9 = 44, 16 + 14 = 30, 34 + 5 = 39; 135 in all.
     prompt, answer = [(10, 4), (5, 30), (12, 4), (28, 6)], [(5, 1), (2, 5), (6, 6), (1, 2)]
     prompts = [[torch.zeros(n, 1) for n in group] for group in prompt]
     completion_mask = torch.tensor([[[[1] * n + [0] * (6 - n), [1] + [0] * 5] for n in group] for group in answer])
@@ -674,17 +677,22 @@ def test_micro_batches_by_hand():
     def packed(budget):
         return tars.micro_batches(prompts, completion_mask, budget)
 
-    assert packed(1) == [[1], [3], [2], [0]]  # the longest first, and alone where nothing fits
-    # 1 and 3: 4 rows of 30 + 2 * 5 = 160 tokens. 3 and 2: 4 rows of 28 + 2 * 6 = 160. 2 and 0: 4 rows of 12 + 2 * 6 = 96.
-    assert packed(160) == [[1, 3], [2, 0]]
-    assert packed(159) == [[1], [3], [2, 0]]
-    assert packed(8 * 42) == [[1, 3, 2, 0]]  # all: 8 rows of 30 + 2 * 6
+    assert packed(1) == ([[1], [3], [2], [0]], 1.0)  # the longest first, and alone where nothing fits
+    assert packed(88) == ([[1, 3], [2, 0]], (2 * 44 + 2 * 30) / 135)
+    assert packed(87) == ([[1], [3, 2], [0]], (44 + 2 * 39 + 22) / 135)
+    assert packed(4 * 44) == ([[1, 3, 2, 0]], 4 * 44 / 135)
 
 
 # ======================================================================================================================
 # 4. SpeechLM
 # ======================================================================================================================
+def long_and_short(questions):
+    """The last question is ten times as long."""
+    return [*questions[:3], questions[3] | {"question": " ".join(["one plus two minus"] * 40)}]
+
+
 def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, questions):
+    questions = long_and_short(questions)
     prompts = lm.embed(questions)
     ids, mask, truncated = lm.rollout(prompts, 3, 12, temperature=0)
     banned = lm.placeholder_ids.tolist()
@@ -710,7 +718,7 @@ def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, q
         return token
 
     monkeypatch.setattr(torch, "multinomial", draw)
-    prompts = lm.embed(questions)
+    prompts = lm.embed(long_and_short(questions))
     ids, mask, _ = lm.rollout(prompts, 3, 12, 0.7, torch.Generator().manual_seed(0))
     assert ids.shape[-1] == len(drawn)
     logps = lm.forward(prompts, ids, mask, 0.7, pool=False)[0].detach().flatten(0, 1)  # [8, 3, C]
@@ -862,6 +870,35 @@ def test_questions_differ_so_a_mixed_up_row_would_show(lm, questions, answers):
         assert (logps[0] - logps[b]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("T, S", [(1, 40), (3, 40), (3, 12), (5, 12)])  # the last one is left to sdpa
+def test_folded_attention_against_a_float64_loop(monkeypatch, T, S):
+    q, k, v = random_(2, 8, T, 4), random_(2, 2, S, 4, seed=1), random_(2, 2, S, 4, seed=2)
+    mask = torch.rand(2, 1, T, S, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask[..., 0] = True
+    module = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    if 4 * T <= S:
+        monkeypatch.setattr(tars, "sdpa_attention_forward", lambda *args, **kwargs: pytest.fail("keys were repeated"))
+    out, _ = tars.folded_attention(module, q, k, v, mask, scaling=0.5, dropout=0.0)
+    for n, head, t in np.ndindex(2, 8, T):
+        scores = [0.5 * float(q[n, head, t] @ k[n, head // 4, j]) if mask[n, 0, t, j] else -math.inf for j in range(S)]
+        weights = [math.exp(x) for x in scores]
+        expected = sum(w * v[n, head // 4, j] for j, w in enumerate(weights)) / sum(weights)
+        torch.testing.assert_close(out[n, t, head], expected, atol=1e-12, rtol=0)
+
+
+def test_cache_with_room_equals_transformers_own_and_copies_nothing():
+    ours, theirs = tars.RoomyLayer(), tars.DynamicLayer()
+    for step, n in enumerate([5] + [3] * 200):  # beyond the room, more than once
+        new = random_(4 if step < 50 else 2, 2, n, 4, seed=step), random_(4 if step < 50 else 2, 2, n, 4, seed=step + 999)
+        place = getattr(ours, "buffers", [None])[0]
+        for a, b in zip(ours.update(*new), theirs.update(*new)):
+            assert torch.equal(a, b)
+        assert step in (0, 50) or place is ours.buffers[0] or place.shape[-2] < ours.get_seq_length()
+        if step == 49:
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([True, False, True, False]))
+
+
 def test_detokenize_stops_where_the_mask_does(lm):
     one, two, end = lm.tokenizer.convert_tokens_to_ids([" one", " two", lm.family.end_of_turn[0]])
     ids, mask = torch.tensor([[one, two, end, two], [two, one, one, one]]), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
@@ -875,18 +912,24 @@ def test_pad_left_by_hand():
     assert tars.positions(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
 
 
-def test_shared_prompt_row_by_hand():
-    # A prompt of 2 tokens behind one of padding; an answer of 2 tokens, one of 1 and a position of padding.
-    sees, positions = tars.shared_prompt_row(torch.tensor([[0, 1, 1]]), torch.tensor([[[1, 1], [1, 0]]]))
-    assert positions.tolist() == [[0, 0, 1, 2, 3, 2, 3]]
-    assert sees[0, 0].int().tolist() == [  # query x key; a padded position sees itself alone, for softmax over nothing is NaN
-        [1, 0, 0, 0, 0, 0, 0],
-        [0, 1, 0, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0, 0],
-        [0, 1, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 1, 0, 0],
-        [0, 1, 1, 0, 0, 1, 0],
-        [0, 1, 1, 0, 0, 1, 1]]
+def test_paired_rows_by_hand():
+    # Question 1: a prompt of 2 tokens with answers of 2 and 1, a prompt of 1 with answers of 1 and 1, padded by 1 token.
+    # Question 2: a prompt of 1 with answers of 2 and 2, a prompt of 2 with answers of 1 and 1.
+    answered = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
+    sees, positions, previous = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), answered)
+    assert positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 0], [0, 1, 2, 1, 2, 0, 1, 2, 2]]
+    assert previous.tolist() == [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]]
+    assert sees[0, 0].int().tolist() == [  # query x key; padding sees itself, for softmax over nothing is NaN
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 1]]
+    assert sees[1, 0, 4].int().tolist() == [1, 0, 0, 1, 1, 0, 0, 0, 0] and sees[1, 0, 8].int().tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1]
 
 
 # ======================================================================================================================
@@ -906,9 +949,9 @@ def test_lora_by_hand_and_only_on_the_llm(lm):
     # encoder, the projector or lm_head
     assert len(names) == len(parameters) == 4 * linears(lm) * 2
     assert all(".layers." in n and "lora_" in n and "audio" not in n and "visual" not in n for n in names)
-    # r (in + out) of each linear layer of each of the 4 layers. Qwen: q 128+128, k and v 128+64, o 128+128, gate, up and
-    # down 128+384. Phi: qkv 128+256, o 128+128, gate_up 128+384, down 192+128.
-    expected = 8 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
+    # r (in + out) of each linear layer of each of the 4 layers. Qwen: q 128+128, k and v 128+32, o 128+128, gate, up and
+    # down 128+384. Phi: qkv 128+192, o 128+128, gate_up 128+384, down 192+128.
+    expected = 8 * 4 * (320 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 160 + 3 * 512)
     assert sum(p.numel() for p in parameters) == expected
 
 
@@ -927,7 +970,7 @@ def test_lora_is_all_that_is_trained_and_the_run_says_so(lm, capsys):
     optimizer, generator = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, seed=5))
     assert optimizer.param_groups[0]["weight_decay"] == 0.3 and generator.initial_seed() == 5
     assert {m.scale for m in lm.model.modules() if isinstance(m, LoRALinear)} == {3.0}
-    trained = 2 * 4 * (384 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 192 + 3 * 512)
+    trained = 2 * 4 * (320 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 160 + 3 * 512)
     assert capsys.readouterr().out == f"{total + trained:,} parameters, {trained:,} of them trained\n"
     assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == trained
 
@@ -2612,7 +2655,7 @@ def test_kept_answers_belong_to_their_questions_and_weights(small_demo, tmp_path
     args, questions = SimpleNamespace(model=str(tmp_path / "model"), out=tmp_path / "eval"), load_questions(small_demo / "val")
 
     def files(questions):
-        answer = lambda first: [[{"key": key} for key in questions["key"][first:]]]
+        answer = lambda some, start: [[{"key": key} for key in some["key"][start:]]]
         evaluation.cached_records("base", [args.model], "val", questions, 1, answer, args, Config())
         return len(list((tmp_path / "eval").iterdir()))
 
@@ -2622,6 +2665,20 @@ def test_kept_answers_belong_to_their_questions_and_weights(small_demo, tmp_path
     tensors[sorted(tensors)[0]].view(-1)[0] += 1
     tars.save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     assert files(questions) == 3
+
+
+def test_questions_are_answered_by_length_and_kept_in_the_datas_order(small_demo, tmp_path):
+    questions, seen = load_questions(small_demo / "test"), []
+    args = SimpleNamespace(model="m", out=tmp_path)
+
+    def answer(some, start):
+        seen.extend(len(row["audio"]["bytes"]) for row in some)
+        return [[{"key": row["key"], "n": n} for n in range(2)] for row in some]
+
+    records = evaluation.cached_records("base", [], "test", questions, 2, answer, args, Config())
+    assert seen == sorted(seen) and len(set(seen)) > 1
+    assert [r["key"] for r in records] == [key for key in questions["key"] for _ in range(2)] and [r["n"] for r in records] == [0, 1] * len(questions)
+    assert evaluation.cached_records("base", [], "test", questions, 2, None, args, Config()) == records
 
 
 def test_cascade_answers_what_was_heard(lm, questions, monkeypatch):
@@ -2803,7 +2860,7 @@ def test_explain_takes_the_settings_of_a_run(small_demo, tmp_path, capsys):
         assert (two + three) / 2 == pytest.approx(both, abs=0.001)
 
 
-def test_random_weights_rehearses_full_length_answers_without_a_download(tmp_path):
+def test_random_weights_rehearses_full_length_answers_without_a_download(tmp_path, capsys):
     torch.manual_seed(0)
     config = tiny_qwen()[0].config
     config.text_config.vocab_size = 400
@@ -2817,6 +2874,12 @@ def test_random_weights_rehearses_full_length_answers_without_a_download(tmp_pat
     tokens = 2 * 8 * 7  # every one of 2 x 8 answers has 7 tokens
     assert tokens / (total + 0.01) - 1 < speed < tokens / (total - 0.01) + 1
     assert {p.name for p in tmp_path.iterdir()} == {"config.json"}
+    evaluation.main(["--random-weights", str(tmp_path), "--audio-seconds", "2", "--questions-per-step", "2", "--max-new-tokens", "40", "--mean-tokens", "4"])
+    did, _, *steps = capsys.readouterr().out.splitlines()[-4:]
+    assert did.endswith("8 answers of 40 tokens at most, 4 on average")
+    for step in steps:  # the mean of 16 geometric lengths of mean 4, standard error 0.9
+        total, speed = map(float, step.split()[-3:-1])
+        assert 1.3 < speed * total / 16 < 8
 
 
 # ======================================================================================================================
@@ -3292,3 +3355,80 @@ def test_speed_and_memory_of_the_shared_prefix(small_demo):
     print("peak GiB of the pass:", {name: round(p, 3) for name, p in peak.items()})
     print(f"memory, separate rows / shared prefix: {peak['separate'] / peak['shared']:.2f}")
     assert seconds["separate"] > 2 * seconds["shared"] and peak["separate"] > 2 * peak["shared"]
+
+
+def paper_lengths(B, generator):
+    """Lengths of a step of the paper: prompts of 1,900 spoken and 340 written tokens, answers of 280, some up to 1,024."""
+    spread = torch.randn(B, 2, generator=generator).mul(0.35).exp()
+    prompts = (torch.tensor([1825.0, 320.0]) * spread).long()
+    answers = torch.randn(B, 2, 4, generator=generator).mul(0.55).exp().mul(240).clamp(16, 1024).long()
+    return prompts, answers
+
+
+def test_speed_padding_at_the_papers_lengths():
+    """Tokens computed for each that is needed, over 400 simulated steps with the default budget."""
+    generator, paddings, passes = torch.Generator().manual_seed(0), [], []
+    for _ in range(400):
+        prompts, answers = paper_lengths(8, generator)
+        batches, padding = tars.micro_batches([[range(n) for n in question] for question in prompts], answers[..., None] > torch.arange(1024),
+                                              Config.tokens_per_micro_batch)
+        paddings.append(padding)
+        passes.append(len(batches))
+    print(f"\ntokens computed / needed: {np.mean(paddings):.3f}; forwards a step: {np.mean(passes):.1f}")
+    assert np.mean(paddings) < 1.15
+
+
+def decoding_step(N=16, T=4, S=2204):
+    """Queries of a decoding step at the 7B's shapes, cached keys and values, and who sees whom."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(N, heads, tokens, 128, generator=generator) for heads, tokens in ((28, T), (4, S), (4, S)))
+    return q, k, v, torch.rand(N, 1, T, S, generator=generator) < 0.9
+
+
+@slow
+def test_speed_of_attention_in_a_decoding_step_of_the_7b():
+    """Against the two matrix products alone, which read keys and values once; and sdpa, which repeats them for each query head."""
+    torch.set_num_threads(1)
+    q, k, v, mask = decoding_step()
+    folded, module = q.unflatten(1, (4, 7)).flatten(2, 3), SimpleNamespace(num_key_value_groups=7, is_causal=True)  # [N, 4, 28, 128]
+    with torch.no_grad():
+        seconds = alternate(9, products=lambda: (folded @ k.transpose(-1, -2)) @ v, folded=lambda: tars.folded_attention(module, q, k, v, mask),
+                            sdpa=lambda: tars.sdpa_attention_forward(module, q, k, v, mask))
+    torch.set_num_threads(2)
+    print("\nmedian seconds:", {name: round(s, 4) for name, s in seconds.items()})
+    print(f"against the products alone: folded {seconds['folded'] / seconds['products']:.2f}, sdpa {seconds['sdpa'] / seconds['products']:.1f}")
+    assert seconds["folded"] < 1.3 * seconds["products"]
+
+
+@slow
+def test_speed_of_a_decoder_layer_of_the_7b():
+    """One layer, one decoding step of 16 rows x 4 answers behind 2,204 tokens, against its linear layers alone."""
+    from transformers import Qwen2_5OmniThinkerConfig
+    torch.set_num_threads(1)
+    config = Qwen2_5OmniThinkerConfig(text_config=dict(num_hidden_layers=1, vocab_size=64)).text_config
+    seconds = {}
+    with torch.no_grad():
+        decoders = {}
+        for name in ("folded", "sdpa"):
+            config._attn_implementation = name
+            decoders[name] = tars.Qwen25Omni.model_class._from_config(
+                Qwen2_5OmniThinkerConfig(text_config=config.to_dict(), vision_config=dict(depth=1, hidden_size=16, num_heads=2, out_hidden_size=3584),
+                                         audio_config=dict(encoder_layers=1, d_model=64, encoder_attention_heads=2)), attn_implementation=name).get_decoder()
+        layers = [m for m in decoders["folded"].layers.modules() if isinstance(m, torch.nn.Linear)]
+        prompt, step = torch.randn(16, 2204, 3584) * 0.01, torch.randn(16, 4, 3584)
+        caches = {"folded": tars.Cache(layer_class_to_replicate=tars.RoomyLayer), "sdpa": tars.Cache(layer_class_to_replicate=tars.DynamicLayer)}
+        k, v = torch.randn(2, 16, 4, 2204, 128)
+        for cache in caches.values():
+            cache.update(k, v, 0)
+
+        def decode(name):
+            S = caches[name].get_seq_length() + 4
+            decoders[name](inputs_embeds=step, attention_mask=torch.ones(16, 1, 4, S, dtype=torch.bool), position_ids=torch.full((16, 4), S),
+                           past_key_values=caches[name], use_cache=True)
+
+        inputs = {m.in_features: torch.randn(16, 4, m.in_features) for m in layers}
+        seconds = alternate(9, linear=lambda: [m(inputs[m.in_features]) for m in layers], folded=lambda: decode("folded"), sdpa=lambda: decode("sdpa"))
+    torch.set_num_threads(2)
+    print("\nmedian seconds:", {name: round(s, 3) for name, s in seconds.items()})
+    print(f"against the linear layers alone: ours {seconds['folded'] / seconds['linear']:.2f}, transformers' own {seconds['sdpa'] / seconds['linear']:.2f}")
+    assert seconds["folded"] < 1.3 * seconds["linear"]
