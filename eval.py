@@ -560,9 +560,10 @@ def random_weights(args):
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
     optimizer, generator = make_trainable(lm, cfg)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    length = f"{cfg.max_new_tokens} tokens each"
+    length = f"at most {length}, {args.mean_tokens} on average" if args.mean_tokens else length
     print(f"{len(lm.decoder.layers)} layers in {str(DTYPE).removeprefix('torch.')} on the {device}: {len(questions)} "
-          f"questions, clips of {seconds:g} s, {cfg.group_size} answers of {cfg.max_new_tokens} tokens each" +
-          (f" at most, {args.mean_tokens} on average" if args.mean_tokens else ""))
+          f"questions, clips of {seconds:g} s, {cfg.group_size} answers of {length}")
     for step in range(2):
         metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
         phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}
