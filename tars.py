@@ -441,7 +441,7 @@ class SpeechLM:
         Returns completion_ids and completion_mask [B, M, samples, C] and truncated [B, M, samples]. The mask runs
         through the first end-of-turn, inclusive, so that ending a turn is learnt too. All samples of a prompt share one
         row, and its cache: each step adds one token per sample. The row is removed once every sample has ended.
-        LoRA is not merged into W for it: in bfloat16 that is another policy (measured: log-probs differ by up to 0.37).
+        LoRA is not merged into W for it: in bfloat16 that is another policy (README, "Speed").
         """
         embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [N, P, H], [N, P]
         cache = Cache(layer_class_to_replicate=RoomyLayer)

@@ -3359,6 +3359,28 @@ def test_speed_and_memory_of_the_shared_prefix(small_demo):
     assert seconds["separate"] > 2 * seconds["shared"] and peak["separate"] > 2 * peak["shared"]
 
 
+@slow
+def test_speed_merging_lora_for_the_rollout_would_be_another_policy_in_bfloat16(small_demo, monkeypatch):
+    """W + (alpha / r) B A, rounded to bfloat16, against W and B A apart: why LoRA is not merged, which would save launches."""
+    monkeypatch.setattr(tars, "DTYPE", torch.bfloat16)
+    lm, questions, cfg, optimizer = demo_step(small_demo)
+    with torch.no_grad():
+        for p in optimizer.param_groups[0]["params"]:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.002)
+        prompts = lm.embed(questions)
+        ids, mask, _ = lm.rollout(prompts, 4, cfg.max_new_tokens, 1.0, torch.Generator().manual_seed(0))
+        apart = lm.forward(prompts, ids, mask, 1.0, pool=False)[0]
+        with without_lora():
+            base = lm.forward(prompts, ids, mask, 1.0, pool=False)[0]
+            for m in lm.model.modules():
+                if isinstance(m, LoRALinear):
+                    m.linear.weight.data = (m.linear.weight.float() + m.scale * m.lora_B @ m.lora_A).bfloat16()
+            merged = lm.forward(prompts, ids, mask, 1.0, pool=False)[0]
+    effect, error = ((x - apart).abs()[mask.bool()] for x in (base, merged))
+    print(f"\n|difference| of log-probs: LoRA's effect {effect.mean():.4f}; merged against apart {error.mean():.4f} on average, {error.max():.2f} at most")
+    assert error.max() > 0.05
+
+
 def paper_lengths(B, generator):
     """Lengths of a step of the paper: prompts of 1,900 spoken and 340 written tokens, answers of 280, some up to 1,024."""
     spread = torch.randn(B, 2, generator=generator).mul(0.35).exp()
