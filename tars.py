@@ -881,7 +881,8 @@ def fingerprint(path):
 
 def model_type_of(path, known):
     """The model_type in a model's config.json. Raises UserError if it is not among the known ones."""
-    model_type = open_pretrained(PretrainedConfig.get_config_dict, path)[0].get("model_type")
+    settings = open_pretrained(PretrainedConfig.get_config_dict, path)[0]
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
     if model_type not in known:
         raise UserError(f"{path} is no usable model: it is of the family {model_type}; known are {', '.join(known)}")
     return model_type
