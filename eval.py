@@ -8,6 +8,7 @@
   python eval.py --agree IAAR-Shanghai/xFinder-qwen1505       # how far the two answer extractors agree on kept answers
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
   python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy, MRR over steps; where time went
+  python eval.py --compare runs/*                             # runs of several seeds: means, paired differences, wins
   python eval.py --explain                                    # one group worked through, equation by equation
   python eval.py --explain RUN                                # the same with the settings and the adapter of a run
   python eval.py --random-weights Qwen/Qwen2.5-Omni-7B        # two steps on noise: seconds and memory, no download
@@ -25,6 +26,7 @@ import os
 import re
 import textwrap
 import zlib
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -35,14 +37,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
-from tars import DEVICE, DTYPE, FAMILIES, LETTERS, MODALITIES, SAMPLE_RATE, SYSTEM_PROMPT, TEXT, Config, LoRALinear
-from tars import NGramEmbedder, Parser, Phi4Multimodal, Qwen25Omni, SpeechLM, UserError, XFinder, answer_greedily
-from tars import attach_lora, by_length, check, check_room, check_writable, config_parser, extract_answers, family_of
-from tars import fingerprint, grpo_loss, judge, layer_weights, load_embedder, load_extractor, load_helper
-from tars import load_questions, load_tensors, make_trainable, modality_advantages, modality_recovery_rate, number
-from tars import pad_left, parse_config, parse_json, peak_memory, positions, question_batches, read_clip, read_settings
-from tars import reference_features, representation_reward, run, to_device, token_weights, train_step, without_lora
-from tars import write_aside, write_line
+from tars import DEVICE, DTYPE, FAMILIES, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SYSTEM_PROMPT, TEXT, Config
+from tars import LoRALinear, NGramEmbedder, Parser, Phi4Multimodal, Qwen25Omni, SpeechLM, UserError, XFinder
+from tars import answer_greedily, attach_lora, by_length, check, check_room, check_writable, config_parser
+from tars import extract_answers, family_of, fingerprint, grpo_loss, judge, layer_weights, load_embedder
+from tars import load_extractor, load_helper, load_questions, load_tensors, make_trainable, modality_advantages
+from tars import modality_recovery_rate, number, pad_left, parse_config, parse_json, peak_memory, positions
+from tars import question_batches, read_clip, read_settings, reference_features, representation_reward, run, to_device
+from tars import token_weights, train_step, without_lora, write_aside, write_line
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -310,14 +312,19 @@ def drift(args, cfg, sets):
     print("cosine of spoken and written states on the model's own text answers, mean over questions, 95 % interval")
     print(table(["layer", *lines], rows))
     if args.plot:
-        plt = pyplot()
-        figure, axis = plt.subplots(figsize=(6, 4))
-        for name, (mean, half) in lines.items():
-            axis.plot(layers, mean, marker="o", markersize=3, label=name)
-            axis.fill_between(layers, mean - half, mean + half, alpha=0.2)
-        axis.set(xlabel="layer", ylabel="cosine of spoken and written states", xticks=ticks(layers))
-        axis.legend()
-        save(figure, args.plot)
+        draw({name: (layers, *line) for name, line in lines.items()}, "layer", "cosine of spoken and written states",
+             args.plot)
+
+
+def draw(lines, x_label, y_label, path):
+    """A figure of {name: (x, mean, half the height of the band around it)}."""
+    figure, axis = pyplot().subplots(figsize=(7, 4))
+    for name, (x, mean, half) in lines.items():
+        axis.plot(x, mean, label=name)
+        axis.fill_between(x, mean - half, mean + half, alpha=0.2)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.legend()
+    save(figure, path)
 
 
 # ==== 5. Curves over training =========================================================================================
@@ -329,7 +336,8 @@ def curves(args):
               ("beh_speech", "R_beh (cosine)"), ("acc_speech", "spoken accuracy, %"),
               ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"))
     for folder in args.curves:
-        log, base_text = read_run(folder)
+        log, summary = read_run(folder)
+        base_text = summary["base_text"]
         print(f"{folder}{cost_table(log)}\n")
         steps = np.array([line["step"] for line in log])
         for axis, (key, label) in zip(axes.flat, panels):
@@ -349,6 +357,78 @@ def curves(args):
     save(figure, args.plot)
 
 
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; from 15 on they are near 2.1.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
+
+
+def paired_difference(values, others):
+    """Two lists of n numbers, paired -> mean difference, half of its 95 % interval (nan if n is 1), wins."""
+    d = np.array(values) - np.array(others)
+    t = STUDENT[len(d) - 2] if len(d) < 16 else 2.1
+    half = t * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
+    return d.mean(), half, int((d > 0).sum())
+
+
+def accuracy_curve(log, summary):
+    """Steps, and spoken accuracy in percent at each evaluation; the base model's is at step 0."""
+    evaluated = [line for line in log if "eval_speech" in line]
+    return ([0, *(line["step"] for line in evaluated)],
+            100 * np.array([summary["base_speech"], *(line["eval_speech"] for line in evaluated)]))
+
+
+def read_groups(folders):
+    """Finished runs by the settings in which they differ: {settings: {seed: (log, summary)}}. Others are named.
+    Raises UserError for a run whose base model, data or number of steps are not those of its seed's other runs.
+    """
+    runs, groups, first = [], {}, {}
+    for folder in folders:
+        if not (Path(folder) / "summary.json").exists():
+            print(f"{folder} is left out: it is no finished run")
+            continue
+        runs.append((folder, settings_of(folder), *read_run(folder)))
+    names = [f.name for f in fields(Config) if f.name not in FREE | {"seed", "model", "data", "eval_data"}]
+    names = [name for name in names if len({getattr(cfg, name) for _, cfg, *_ in runs}) > 1]
+    for folder, cfg, log, summary in runs:
+        group = groups.setdefault(", ".join(f"{name} {getattr(cfg, name)}" for name in names) or "all", {})
+        made_from = summary.get("content"), log[-1]["step"]
+        if cfg.seed in group or made_from != first.setdefault(cfg.seed, made_from):
+            raise UserError(f"--compare: {folder} does not fit the other runs of seed {cfg.seed}: its base model, data "
+                            "or number of steps differ, or nothing does")
+        group[cfg.seed] = log, summary
+    if not groups:
+        raise UserError("--compare: none of the folders holds a finished run")
+    return groups
+
+
+def compare_runs(args):
+    """Print what each group of settings reached over its seeds, against plain GRPO or else the first group."""
+    groups = read_groups(args.compare)
+    plain = next((name for name in groups if "alpha 0.0" in name and "beta 0.0" in name), next(iter(groups)))
+    rows, raw, bands = [], {}, {}
+    for name, runs in groups.items():
+        curves = [accuracy_curve(*run) for run in runs.values()]
+        steps = np.arange(max(evaluated[-1] for evaluated, _ in curves) + 1)
+        values = np.array([np.interp(steps, *curve) for curve in curves])  # [n, steps]
+        bands[name] = steps, values.mean(0), values.std(0)
+        reached = [next((step for step, value in zip(*curve) if value >= 60), math.inf) for curve in curves]
+        reports = {seed: summary for seed, (_, summary) in runs.items()}
+        columns = [*(100 * np.array([r[m] for r in reports.values()]) for m in MODALITIES), values.mean(1)]
+        both = sorted(runs.keys() & groups[plain].keys())
+        pairs = [[100 * some[seed][1]["speech"] for seed in both] for some in (runs, groups[plain])]
+        mean, half, wins = paired_difference(*pairs) if both else (math.nan, math.nan, 0)
+        rows.append([name, str(len(runs)), *(f"{x.mean():.1f} +- {x.std():.1f}" for x in columns),
+                     f"{np.median(reached):g}", f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]",
+                     f"{wins} of {len(both)}"])
+        for seed, r in reports.items():
+            raw.setdefault(seed, [f"{100 * r['base_speech']:.1f} / {100 * r['base_text']:.1f}", *["-"] * len(groups)])
+            raw[seed][len(rows)] = f"{100 * r['speech']:.1f} / {100 * r['text']:.1f}"
+    head = ["settings", "n", "speech %", "text %", "mean over steps %", "60 % at step", f"minus {plain}", "wins"]
+    print(table(head, rows))
+    print("\nspeech / text\n" + table(["seed", "base", *groups], [[str(seed), *raw[seed]] for seed in sorted(raw)]))
+    if args.plot:
+        draw(bands, "step", "accuracy on spoken questions, %", args.plot)
+
+
 def cost_table(log):
     """Where a run's time went, from the lines of its log.jsonl."""
     phases = {name.removeprefix("seconds_"): [line[name] for line in log] for name in log[0] if "seconds_" in name}
@@ -361,13 +441,13 @@ def cost_table(log):
 
 
 def read_run(run):
-    """A run's log lines and the base model's text accuracy. Raises UserError if they are not there."""
+    """The lines of a run's log and its summary. Raises UserError if they are not there."""
     try:
         summary = Path(run) / "summary.json"
         log = read_lines(Path(run) / "log.jsonl", "step", "seconds")
         if not log:
             raise UserError(f"{run}/log.jsonl is empty: give the --out directory of a finished run")
-        return log, parse_json(summary.read_text(), summary, "base_text")["base_text"]
+        return log, parse_json(summary.read_text(), summary, "base_speech", "base_text", "speech", "text")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: give the --out directory of a finished run") from error
 
@@ -382,11 +462,6 @@ def pyplot():
     import matplotlib.pyplot
 
     return matplotlib.pyplot
-
-
-def ticks(layers):
-    """About ten of the layers, as ticks of an axis."""
-    return list(layers)[:: math.ceil(len(layers) / 10)]
 
 
 def check_plot(path):
@@ -603,7 +678,8 @@ def main(arguments=None):
     ):
         parser.add_argument(flag, type=kind, metavar="", help=help)
     for flag, help in (("--adapter", "--out directories of tars.py [runs/tars with the demo's model]"),
-                       ("--data", "data sets [the model's own]"), ("--curves", "runs whose logs are drawn")):
+                       ("--data", "data sets [the model's own]"), ("--curves", "runs whose logs are drawn"),
+                       ("--compare", "runs of several seeds, to compare by the settings in which they differ")):
         parser.add_argument(flag, nargs="+", metavar="", help=help)
     for flag, help in (("--asr", "measure the model as a transcriber"), ("--layers", "Figure 2")):
         parser.add_argument(flag, action="store_true", help=help)
@@ -616,6 +692,8 @@ def main(arguments=None):
         return random_weights(args)
     if args.explain is not None:
         return explain(args)
+    if args.compare:
+        return compare_runs(args)
     if args.curves:
         return curves(args)
     own = [f"--{flag.replace('_', '-')}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")

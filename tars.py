@@ -1676,6 +1676,7 @@ def main(arguments=None):
     write_json(out / "summary.json", {
         "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],
         "mrr_before": mrr[0], "mrr_after": mrr[1], "n_speech": len(eval_questions), "n_text": len(eval_questions),
+        "content": [value for name, value in state["config"].items() if name.startswith("content of ")],
     })
     print(f"\n{len(eval_questions)} held-out questions".ljust(28) + f"{'speech %':>10}{'text %':>10}{'MRR %':>10}")
     for name, accuracy, rate in zip(("before", "after"), (before, after), mrr):

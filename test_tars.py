@@ -2805,6 +2805,50 @@ def test_eval_layers_curves_and_figures(small_demo, small_run, tmp_path, capsys)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_paired_difference_by_hand():
+    # Differences 2, 4, 6: mean 4, standard deviation 2, t of 2 degrees of freedom 4.30: 4.30 * 2 / sqrt(3) = 4.965.
+    mean, half, wins = evaluation.paired_difference([12, 14, 16], [10, 10, 10])
+    assert (mean, wins) == (4, 3) and half == pytest.approx(4.965, abs=0.001)
+    mean, half, wins = evaluation.paired_difference([1.0], [3.0])
+    assert (mean, wins) == (-2, 0) and math.isnan(half)
+    mean, half, _ = evaluation.paired_difference(range(25), [0] * 25)  # standard deviation 7.3598
+    assert (mean, half) == (12, pytest.approx(2.1 * 7.3598 / 5, abs=0.001))
+
+
+def finished_run(folder, seed, content, accuracies, **settings):
+    """What a run leaves: evaluations after steps 2 and 4, of (speech, text); the base model has 40 and 100 %."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"seed": seed, "model": f"m{seed}", "out": str(folder)} | settings))
+    lines = [{"step": step, "seconds": 1.0} for step in range(1, 5)]
+    for line, (speech, text) in zip(lines[1::2], accuracies):
+        line |= {"eval_speech": speech, "eval_text": text}
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speech, text = accuracies[-1]
+    (folder / "summary.json").write_text(json.dumps({"base_speech": 0.4, "base_text": 1.0, "speech": speech, "text": text, "content": content}))
+    return str(folder)
+
+
+def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys):
+    grpo = {"alpha": 0.0, "beta": 0.0}
+    runs = [finished_run(tmp_path / f"{name}{seed}", seed, [seed], accuracies, **settings) for name, seed, settings, accuracies in (
+        ("grpo", 1, grpo, [(0.5, 1.0), (0.6, 1.0)]), ("grpo", 2, grpo, [(0.4, 0.9), (0.5, 0.9)]), ("tars", 1, {}, [(0.6, 1.0), (0.8, 1.0)]),
+        ("tars", 2, {}, [(0.6, 1.0), (0.6, 0.8)]), ("tars", 3, {}, [(0.6, 1.0), (1.0, 1.0)]))]
+    (tmp_path / "stopped").mkdir()
+    printed = measure(capsys, "--compare", *runs, tmp_path / "stopped", "--plot", tmp_path / "a.png")
+    assert f"{tmp_path}/stopped is left out" in printed
+    rows = [re.split(r"  +", line.strip()) for line in printed.splitlines()]
+    # GRPO ends at 60 and 50. Over steps 0 to 4: 40, 45, 50, 55, 60 and 40, 40, 40, 45, 50: 50 and 43. 60 % after step 4, and never.
+    assert ["alpha 0.0, beta 0.0", "2", "55.0 +- 5.0", "95.0 +- 5.0", "46.5 +- 3.5", "inf", "+0.0 [+0.0, +0.0]", "0 of 2"] in rows
+    # TARS: 80, 60, 100; of seeds 1 and 2 it is ahead by 20 and 10: 15 +- 12.71 * 7.071 / sqrt(2) = 63.55.
+    assert ["alpha 1.0, beta 1.0", "3", "80.0 +- 16.3", "93.3 +- 9.4"] == rows[3][:4] and rows[3][5:] == ["2", "+15.0 [-48.5, +78.5]", "2 of 2"]
+    assert ["1", "40.0 / 100.0", "60.0 / 100.0", "80.0 / 100.0"] in rows and ["3", "40.0 / 100.0", "-", "100.0 / 100.0"] in rows
+    for folder, content, settings in (("other base", [7], {"lr": 0.5}), ("the same again", [1], {})):
+        with pytest.raises(tars.UserError, match=f"{folder} does not fit the other runs of seed 1"):
+            evaluation.main(["--compare", *runs, finished_run(tmp_path / folder, 1, content, [(0.6, 1.0), (0.8, 1.0)], **settings)])
+    with pytest.raises(tars.UserError, match="none of the folders"):
+        evaluation.main(["--compare", str(tmp_path / "stopped")])
+
+
 def test_cost_table_by_hand():
     # Three steps of 2, 4 and 9 s: 15 s in all, of which the roll-outs took 1 + 1 + 4 = 6 s or 40 %, median 1 s.
     log = [{"seconds_rollout": r, "seconds_forward": 0.5, "seconds": s, "tokens": 300, "peak_gib": p} for r, s, p in ((1, 2, 1.5), (1, 4, 2.5), (4, 9, 2.0))]
