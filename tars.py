@@ -472,7 +472,7 @@ class SpeechLM:
         return [x.unflatten(0, (len(prompts), -1)) for x in (ids[..., : t + 1], mask[..., : t + 1], ~finished)]
 
     def forward(self, prompts, completion_ids, completion_mask, temperature, pool=True):
-        """Log-probs and pooled hidden states of given completions, spoken and written, in one pass.
+        """Log-probs and pooled hidden states of given completions in one pass; a question is one row, see paired_rows.
         prompts: b lists of M prompts [P, H], completion_ids and completion_mask [b, M, G/2, C] -> per_token_logps
         [b, M, G/2, C] with gradient, and Eq. (4) of every layer [b, M, G/2, L, H], detached (None without `pool`).
         """
@@ -485,6 +485,7 @@ class SpeechLM:
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [b, T, H], padded on the right
         output = self.run_decoder(embeds, attention_mask, position_ids, output_hidden_states=pool)
         is_answer = previous >= 0  # [b, T]
+        # The state before each token of an answer predicts it.
         predicts = output.last_hidden_state[is_answer.nonzero()[:, 0], previous[is_answer]]  # [n, H], n answer tokens
         # Logits of 1,024 tokens at a time, recomputed in backward: those of all tokens are never in memory together.
         logps = [recompute(self._token_logps, h, tokens, temperature, use_reentrant=False)
