@@ -45,7 +45,8 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from tars import DEVICE, FEATURES, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, ClipError, Parser, Qwen25Omni, SpeechLM
 from tars import UserError, check_length, check_writable, extract_answers, is_blank, judge, load_helper, load_model
-from tars import number, open_pretrained, parse_json, read_clip, run, write_aside, write_json, write_line, written_question
+from tars import number, open_pretrained, parse_json, read_clip, run, write_aside, write_json, write_line
+from tars import written_question
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
@@ -546,10 +547,17 @@ def from_mmlu(index, row, args):
 def from_csv(index, row, args):
     """A row of one's own table: recorded in the file `wav`, a path relative to the table, or spoken."""
     ours = checked(row["question"], [row[letter] for letter in LETTERS], row["answer"], "")
-    if not row.get("wav"):
+    clip = recording(row, args)
+    if not clip:
         return spoken_row(ours, index, args)
-    clip = {"bytes": None, "path": str(Path(args.origin).parent / row["wav"])}
     return ours | {"prompt_for_tts": prompt_of(ours), "audio": clean_clip(clip, f"row {index}", args.max_seconds)}
+
+
+def recording(row, args):
+    """A row's clip, {"bytes", "path"}: column `audio`, or the file `wav` beside the table. None if it has neither."""
+    if row.get("wav"):
+        return {"bytes": None, "path": str(Path(args.origin).parent / row["wav"])}
+    return row.get("audio")
 
 
 def prompt_of(ours):
@@ -897,12 +905,12 @@ COLUMNS = datasets.Features(FEATURES | {
 SPOKEN = ("mmlu", "csv")
 
 
-def check_disk(name, rows, count, part):
+def check_disk(rows, count, part, args):
     """Say how much disk a conversion takes, by 20 of its rows, and raise UserError if there is not so much."""
     seconds = []
     for row in rows.select(range(0, count, max(1, count // 20))):
         try:
-            clip = None if name in SPOKEN else clean_clip(row["audio"], "", math.inf)
+            clip = recording(row, args) and clean_clip(recording(row, args), "", math.inf)
             seconds.append(len("".join(map(str, row.values()))) / 15 if clip is None else len(clip) / SAMPLE_RATE)
         except Lost:  # a row that will be left out
             continue
@@ -932,7 +940,7 @@ def convert(name, args):
     done = resume(part / "rows.jsonl", {"source": name, "rows": rows._fingerprint} | settings)[:count]
     done = list(takewhile(partial(is_whole, part), done))  # the rest is done again
     if not done:
-        check_disk(name, rows, count, part)
+        check_disk(rows, count, part, args)
     recorded = name == "csv" and "wav" in rows.column_names and all(rows["wav"])
     if name in SPOKEN and not recorded and len(done) < count:
         args.voice, args.listener = load_speech_models(args)

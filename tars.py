@@ -90,8 +90,8 @@ RANK, RANKS = 0, 1  # of processes; join_processes() sets them under torchrun
 
 # ==== 1. Config: the paper's Table 5 ==================================================================================
 def setting(default, meaning, paper="", within=None, **flag):
-    """One Config field: default, meaning, place in the paper, extra argparse keywords. A number lies `within` a range,
-    an int from 1 and a float from 0 on if none is given.
+    """One Config field: default, meaning, place in the paper, extra argparse keywords.
+    within: the allowed range of a number; without one an int is at least 1 and a float at least 0.
     """
     note = "; ".join(str(part) for part in (default, paper) if part != "")
     within = within or {int: "[1, inf)", float: "[0, inf)"}.get(type(default))
@@ -362,10 +362,10 @@ def layer_weights(layers, L):
 
 
 def micro_batches(prompts, completion_mask, budget):
-    """Pack a step's questions into forward passes of at most `budget` tokens: lists of indices, and tokens computed per
-    token needed. prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C]. A question is one row and never
-    split, because Eq. (5) compares its answers and Eq. (7) takes their mean; one longer than the budget goes alone.
-    The longest come first: a pass too large for memory fails at once, and similar lengths share a pass.
+    """Group a step's questions into forward passes of at most `budget` tokens, padding included.
+    prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C] -> lists of question indices, and the ratio of
+    computed to needed tokens. A question is one row and never split, because Eq. (5) compares its answers and Eq. (7)
+    takes their mean; one longer than the budget goes alone. Sorted by length: similar lengths share a pass.
     """
     tokens = [sum(map(len, question)) + n for question, n in zip(prompts, completion_mask.sum((1, 2, 3)).tolist())]
     batches = []
@@ -393,7 +393,7 @@ class SpeechLM:
     def from_pretrained(cls, path):
         """A model directory or hub name -> SpeechLM. Raises UserError if a part is missing or broken."""
         family, _ = family_of(path)
-        revision = revision_of(family, path)
+        revision = revision_of(path)
         # AutoTokenizer would build the class that tokenizer_config.json names and ignore half of tokenizer.json.
         tokenizer = open_pretrained(PreTrainedTokenizerFast.from_pretrained, path, revision=revision)
         feature_extractor = open_pretrained(family.feature_extractor_class.from_pretrained, path, revision=revision)
@@ -536,9 +536,9 @@ def positions(mask):
 def paired_rows(prompt_lengths, answered):
     """Each question as one row: spoken prompt, its answers, written prompt, its answers, end to end.
     prompt_lengths [b, M], answered: bool [b, M, G/2, C] -> who sees whom [b, 1, T, T] (query x key), position ids
-    [b, T], and for each token of an answer the index of the one that predicts it, -1 elsewhere [b, T]. A token sees the
-    prompt of its part, and what stands before it in its own part. With prompts s of 2 tokens and t of 1, one answer to
-    each, a of 2 tokens and b of 1, and one token of padding:
+    [b, T], and for each token of an answer the index of the one that predicts it, -1 elsewhere [b, T]. A token sees
+    itself and what stands before it in its part and in the prompt of its part. With prompts s of 2 tokens and t of 1,
+    one answer to each, a of 2 tokens and b of 1, and one token of padding:
 
         query  key: s s a a t b -   part  position  previous
         s           1 . . . . . .   0     0         -1
@@ -547,14 +547,15 @@ def paired_rows(prompt_lengths, answered):
         a           1 1 1 1 . . .   1     3          2
         t           . . . . 1 . .   2     0         -1
         b           . . . . 1 1 .   3     1          4
-        -           . . . . . . 1   -1    0         -1
+        -           . . . . . . 1   4     0         -1
     """
     b, M, samples, _ = answered.shape
     sizes = torch.cat([prompt_lengths[..., None], answered.sum(-1)], dim=-1).flatten(1)  # [b, K]: K = M * (1 + G/2)
-    starts = F.pad(sizes.cumsum(-1), (1, 1))  # [b, K + 2]: where each part begins; part K is the padding
-    index = torch.arange(starts.max(), device=answered.device).expand(b, -1)  # [b, T]
-    part = torch.searchsorted(starts[:, 1:-1].contiguous(), index.contiguous(), right=True)  # [b, T]
-    prompt = part // (1 + samples) * (1 + samples)  # [b, T], the part that holds the prompt of a token's part
+    ends = sizes.cumsum(-1)  # [b, K]
+    starts = F.pad(ends, (1, 1))  # [b, K + 2]: where each part begins; part K is the padding, the last 0 is never used
+    index = torch.arange(ends.max(), device=answered.device).repeat(b, 1)  # [b, T]
+    part = torch.searchsorted(ends, index, right=True)  # [b, T]
+    prompt = part // (1 + samples) * (1 + samples)  # [b, T], the prompt that a token's part belongs to, or is
     begin, first, answers = (starts.gather(1, x) for x in (part, prompt, prompt + 1))  # [b, T]
     is_answer = part != prompt  # [b, T]
     position_ids = index - begin + is_answer * (answers - first)  # [b, T]
@@ -613,7 +614,7 @@ def question_batches(questions, size, desc, start=0):
 
 
 def answer_greedily(lm, questions, extract, cfg, start=0):
-    """Yield batches of records, one a question and modality; an answer that names no one option is None and wrong."""
+    """Yield batches of records, one a question and modality; an answer without one letter is None and wrong."""
     for batch in question_batches(questions, cfg.eval_batch, "evaluate", start):
         ids, mask, _ = lm.rollout(lm.embed(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, M, 1, C]
         completions = lm.detokenize(ids, mask)  # b * M strings
@@ -672,7 +673,7 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, generator
     while True:
         # What follows a step, and precedes the first: checkpoint, evaluation, log. A resumed run begins here.
         evaluates = step == steps or (step and cfg.eval_every and step % cfg.eval_every == 0)
-        stop = metrics.pop("stop", 0) > 0 and step < steps
+        stop = metrics.pop("stop", 0) > 0
         if stop or evaluates or time.perf_counter() - saved >= cfg.save_every:
             save_checkpoint(optimizer, step, state | {"metrics": metrics}, (log, samples), cfg)
             saved = time.perf_counter()
@@ -691,7 +692,8 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, generator
         if step == steps:
             break
         step += 1
-        on_signals(partial(note_signal, signals))
+        if not signals:
+            on_signals(partial(note_signal, signals))
         start = time.perf_counter()
         batch = [questions[i] for i in next(order)[RANK::RANKS]]
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
@@ -743,6 +745,8 @@ def load_questions(path):
             questions = questions.cast_column("audio", datasets.Audio(decode=False))
     except Exception as error:  # `datasets` raises whatever a torn or empty folder leads to
         raise UserError(f"{path} is no data set directory, or an empty one: write one with data_prep.py") from error
+    if not len(questions):
+        raise UserError(f"{path} is an empty data set: write one with data_prep.py")
     if isinstance(questions, dict):
         raise UserError(f"{path} holds several data sets: give one of its parts, {', '.join(questions)}")
     types = {column.name: column.type for column in questions.data.schema}
@@ -847,8 +851,8 @@ def parse_json(text, place, *keys):
 
 
 def load_tensors(path, expected=None, name_of=str):
-    """Tensors {name: tensor} and notes {name: string} of a safetensors file. name_of: from a name there to one of
-    `expected`, {name: shape}. Raises UserError unless the file is whole, and its tensors are those, and finite.
+    """Tensors {name: tensor} and notes {name: string} of a safetensors file. Raises UserError if it is torn, if a value
+    is not finite, or if its tensors are not those of `expected`, {name: shape}; name_of maps its names to those there.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -865,11 +869,11 @@ def load_tensors(path, expected=None, name_of=str):
 
 
 def fingerprint(path):
-    """A number for the files of a model, an adapter or a data set: names, sizes, first and last MiB of each.
-    On the hub it is the commit. Nothing is loaded for it.
+    """What tells the files of a model, an adapter or a data set from others: a checksum of names, sizes, first and last
+    MiB of each; on the hub the commit. Nothing is loaded for it.
     """
     if not Path(path).is_dir():
-        return Path(open_pretrained(partial(cached_file, filename="config.json"), path)).parent.name
+        return Path(open_pretrained(cached_file, path, filename="config.json", revision=revision_of(path))).parent.name
     total = 0
     for pattern in ("config.json", "tokenizer.json", "state.json", "*.safetensors", "*.arrow"):
         for file in sorted(Path(path).glob(pattern)):
@@ -898,7 +902,7 @@ def load_model(kind, path, device="cpu", dtype=None, model_types=None, **options
     model, found = open_pretrained(kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
                                    ignore_mismatched_sizes=True, **options)
     wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
-    # Another part of a larger model may be left over, but no layer: config.json would have fewer than the weights.
+    # Unused tensors of another part, such as the talker, are fine. A layer more means that config.json is another's.
     own = {re.sub(r"\.\d+\.", ".0.", name) for name in model.state_dict()}
     wrong |= {name for name in found["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in own}
     wrong = sorted(wrong or {name for name, p in model.named_parameters() if not p.isfinite().all()})
@@ -1034,7 +1038,7 @@ AttentionMaskInterface.register("folded", sdpa_mask)  # a name without a mask fu
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room behind its keys and values [N, key heads, S, D]: a step adds to them without a copy."""
+    """A cache layer with room for 256 more keys and values [N, key heads, S, D], copied only when that is full."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Add the keys and values of new tokens. Returns all of both."""
@@ -1058,9 +1062,9 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :S] for buffer in self.buffers)
 
 
-def revision_of(family, path):
+def revision_of(path):
     """The branch to load: a family's own belongs to its repository alone, not to copies of it."""
-    return family.revision if path == family.repository else "main"
+    return next((family.revision for family in FAMILIES if family.repository == path), "main")
 
 
 def family_of(path):
@@ -1068,7 +1072,7 @@ def family_of(path):
     known = {name: family for family in FAMILIES for name in family.model_types}
     family = known[model_type_of(path, known)]
     config_class = family.model_class.config_class
-    config = open_pretrained(config_class.from_pretrained, path, revision=revision_of(family, path))
+    config = open_pretrained(config_class.from_pretrained, path, revision=revision_of(path))
     return family, config.get_text_config().num_hidden_layers
 
 
@@ -1364,14 +1368,14 @@ def check_writable(path):
 
 
 def write_aside(path, write):
-    """Write a file under another name, then rename it: nothing half-written is ever left, nor after a power cut."""
+    """Write a file under another name, then rename it: `path` is never half-written, nor after a power cut."""
     aside = path.with_name(path.name + ".part")
     try:
         write(aside)
         with open(aside, "rb+") as file:
             os.fsync(file)
         os.replace(aside, path)
-    except (OSError, SafetensorError) as error:  # the latter says no more than an OSError, and no file
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk without the file's name
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
@@ -1379,22 +1383,30 @@ def write_aside(path, write):
 
 def write_json(path, content):
     """Write `content` as indented JSON, aside first."""
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n"))
+    write_aside(path, lambda aside: aside.write_text(json.dumps(finite(content), indent=2) + "\n"))
+
+
+def finite(value):
+    """The same with null in place of nan and inf, which JSON does not have; in dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_log(path, size):
     """A JSON-lines file to append to, cut back to `size` bytes: what comes later is done again."""
     file = open(os.devnull if RANK else path, "a")
     if RANK == 0:
-        file.truncate(min(size, file.tell()))
+        file.truncate(size)
     return file
 
 
 def write_line(file, values):
-    """Append one JSON line; a number that is not finite becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    """Append one JSON line."""
     try:
-        print(json.dumps(finite), file=file, flush=True)
+        print(json.dumps(finite(values)), file=file, flush=True)
     except OSError as error:
         raise UserError(f"{file.name} cannot be written: {error}") from error
 
@@ -1404,7 +1416,8 @@ def save_adapter(lm, out, cfg):
     layers = {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
     tensors = {f"base_model.model.{name}.{matrix}.weight": getattr(m, matrix).detach().contiguous().cpu()
                for name, m in layers.items() for matrix in ("lora_A", "lora_B")}
-    scale = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha}  # beside the weights too: never another run's
+    # Also in the weights' file, so that they cannot come from another run's adapter_config.json.
+    scale = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha}
     write_aside(out / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"tars": json.dumps(scale)}))
     write_json(out / "adapter_config.json", {
         "peft_type": "LORA", "base_model_name_or_path": cfg.model, **scale,
@@ -1456,7 +1469,7 @@ FREE = {"out", "resume", "save_every", "eval_every", "sample_every", "aux_device
 
 
 def find_checkpoint(cfg):
-    """The checkpoint to continue from, None for a new run, and the state that it holds, or that a new run begins with.
+    """Returns (last checkpoint, its state), or for a new run (None, the state that it begins with).
     Raises UserError where --resume does not fit: all that numbers depend on must be as it was, settings and files.
     """
     found, out = checkpoints(cfg), Path(cfg.out)
@@ -1468,10 +1481,11 @@ def find_checkpoint(cfg):
     config |= {f"content of {path}": fingerprint(path) for path in (cfg.model, cfg.data, cfg.eval_data)}
     if not found or not cfg.resume:
         return None, {"before": None, "metrics": {}, "sizes": {}, "changed": {}, "config": config}
-    state = parse_json(load_tensors(found[-1])[1].get("tars", ""), found[-1], "before", "metrics", "sizes", "config")
+    state = parse_json(load_tensors(found[-1])[1].get("tars", ""), found[-1], "before", "metrics", "sizes", "updated",
+                       "config")
     saved = asdict(Config()) | state["config"]  # a setting that is newer than the checkpoint had its default
     changed = {k: f"{saved.get(k)} -> {v}" for k, v in config.items() if saved.get(k) != v}
-    free = FREE | {"max_new_tokens"} & cfg.given  # of those that move numbers one alone, and only if it is asked for
+    free = FREE | ({"max_new_tokens"} & cfg.given)  # it moves numbers, and may differ if it is on the command line
     if other := changed.keys() - free:
         raise UserError(f"--resume: {found[-1]} was made with another {', '.join(sorted(other))}: give the same ones")
     for log in (out / name for name in state["sizes"]):
@@ -1507,7 +1521,7 @@ def check_out(out):
     try:
         parse_json((Path(out) / "config.json").read_text(errors="replace"), out, "group_size")
     except (OSError, UserError) as error:
-        if Path(out).exists() and any(Path(out).iterdir()):
+        if Path(out).exists() and any(path.suffix != ".part" for path in Path(out).iterdir()):
             raise UserError(f"--out {out}: files are in it, but not those of a run; give a new folder") from error
 
 
@@ -1539,12 +1553,9 @@ def sum_over_ranks(x, operation=dist.ReduceOp.SUM):
 
 def sum_gradients_over_ranks(parameters, loss):
     """Sum gradients and loss over all processes, not average: the loss is already divided by the tokens of all."""
-    if RANKS == 1:
-        return loss
-    flat = sum_over_ranks(torch.cat([*(p.grad.flatten() for p in parameters), parameters[0].new_tensor([loss])]))
-    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters] + [1])):
-        p.grad.copy_(gradient.view_as(p))
-    return flat[-1].item()
+    for p in parameters:
+        sum_over_ranks(p.grad)
+    return sum_over_ranks(torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)).item()
 
 
 def mean_over_ranks(metrics):
@@ -1573,7 +1584,7 @@ def number(kind, interval):
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} in {interval},"  # as argparse will call it
+    parse.__name__ = f"{kind.__name__} in {interval}"  # as argparse will call it
     return parse
 
 
@@ -1631,6 +1642,10 @@ def check(cfg):
     """Raise UserError for settings that do not go together."""
     if cfg.group_size % 2:
         raise UserError(f"--group-size {cfg.group_size}: give an even number, half is spoken and half written")
+    try:
+        torch.empty(0, device=cfg.aux_device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--aux-device {cfg.aux_device}: {str(error).splitlines()[0]}") from error
     if cfg.questions_per_step % RANKS:
         raise UserError(f"--questions-per-step {cfg.questions_per_step}: give a multiple of the {RANKS} processes")
 
@@ -1647,7 +1662,7 @@ def main(arguments=None):
     print(f"R_rep compares {layers.count_nonzero()} of {len(layers)} layers")
     last, state = find_checkpoint(cfg)
     check_out(cfg.out)  # all that can be refused without the weights is refused before they are loaded
-    embedder, extract = load_embedder(cfg, DEVICE), load_extractor(cfg, DEVICE)
+    embedder, extract = load_embedder(cfg, DEVICE) if cfg.beta else None, load_extractor(cfg, DEVICE)
     lm = SpeechLM.from_pretrained(cfg.model)
     for some in (questions, eval_questions):
         check_room(lm, some, cfg.max_new_tokens)
@@ -1657,7 +1672,7 @@ def main(arguments=None):
     out = Path(cfg.out)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for old in () if last else [*(out / name for name in OUTPUTS), *checkpoints(cfg)]:
+        for old in [] if last else [*(out / name for name in OUTPUTS), *checkpoints(cfg)]:
             old.unlink(missing_ok=True)
         write_json(out / "config.json", asdict(cfg))
 
@@ -1701,7 +1716,7 @@ def run(program, main):
     except KeyboardInterrupt as error:
         message, code = "; ".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), 130
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)):
             raise
         message, code = "; ".join([f"out of memory at {peak_memory(torch.device(DEVICE)):.1f} GiB: lower "
                                    "--tokens-per-micro-batch, --eval-batch or --max-new-tokens",

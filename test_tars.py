@@ -3031,7 +3031,8 @@ STRANGE = [
         "lora-rank": "0", "lora-alpha": "0", "updates-per-rollout": "0", "eval-batch": "0", "eval-every": "-1", "sample-every": "-1",
         "save-every": "inf nan", "tokens-per-micro-batch": "-5", "layers": "0-2 3-1 x 1-99", "joint-norm": "yes", "resume": "perhaps",
         "no-such-flag": "1"}.items() for value in values.split()),
-    ("tars", "--lr", None, "--lr"), ("tars", "stray", None, "stray"),
+    ("tars", "--lr", None, "--lr"), ("tars", "stray", None, "stray"), ("tars", "--aux-device gpux", None, "--aux-device gpux"),
+    ("tars", "--data {w}/none", lambda w: datasets.Dataset.from_dict({"a": []}).save_to_disk(w / "none"), "none"),
     *(("data_prep", f"{source} --out {{w}}/new --{flag}={value}", None, f"--{flag}") for source, flag, values in (
         ("demo", "val-clips", "0"), ("demo", "train-clips", "0"), ("demo", "test-clips", "-1"), ("demo", "seed", "-1"),
         ("demo", "stop-at", "1.5 nan"), ("demo", "text-steps", "0"), ("demo", "speech-steps", "0"), ("tars", "limit", "-1 x"),
@@ -3235,6 +3236,43 @@ def test_full_memory_of_a_cpu_ends_like_that_of_a_gpu(capsys):
     with pytest.raises(SystemExit):
         tars.run("tars.py", lambda: np.empty(10**14))
     assert "lower --tokens-per-micro-batch" in capsys.readouterr().err
+
+
+def test_an_error_that_only_mentions_memory_is_no_full_memory():
+    with pytest.raises(RuntimeError, match="illegal"):
+        tars.run("tars.py", lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access was encountered")))
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    tars.write_json(tmp_path / "a.json", {"mrr": math.nan, "group": [{"rep": math.inf, "acc": 0.5}]})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"mrr": None, "group": [{"rep": None, "acc": 0.5}]}
+
+
+def test_a_folder_in_which_a_run_was_killed_at_its_first_file_is_free(tmp_path):
+    (tmp_path / "config.json.part").write_text("{")
+    tars.check_out(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(tars.UserError, match="not those of a run"):
+        tars.check_out(str(tmp_path))
+
+
+def test_signal_in_the_last_step_stops_before_the_evaluation_and_the_next_one_is_not_only_noted(small_demo, tmp_path, monkeypatch):
+    evaluate, train_step, save, out = tars.evaluate, tars.train_step, tars.save_checkpoint, tmp_path / "run"
+    flags = [*long_flags(small_demo, out)[1:], "--steps", "2", "--eval-every", "0"]
+
+    def step(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+
+    monkeypatch.setattr(tars, "train_step", step)
+    for resume in ([], ["--resume"]):  # stopped in step 1, then in step 2, the last
+        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {1 + len(resume)} of 2"):
+            tars.main(flags + resume)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second signal ends the run
+        tars.on_signals(signal.default_int_handler)
+    monkeypatch.setattr(tars, "train_step", train_step)
+    tars.main([*flags, "--resume"])
+    assert (out / "summary.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_one_data_set_named_twice_is_measured_once(world, capsys, monkeypatch):
