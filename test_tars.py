@@ -807,6 +807,13 @@ def test_logits_of_a_bfloat16_head_are_float32(lm):
     assert lm.logits(torch.zeros(1, 128), 1.0).dtype == torch.float32
 
 
+def test_clips_encoded_together_equal_clips_encoded_alone(lm, questions):
+    together, alone = lm.spoken_turns(questions), [lm.spoken_turns([question])[0] for question in questions]
+    assert len({len(turn) for turn in together}) > 1
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_control_tokens_in_a_question_stay_text(lm, questions):
     assert lm.placeholder_ids.tolist() == placeholders(lm)
     turn, audio = lm.family.end_of_turn[0], lm.tokenizer.decode(placeholders(lm)[0])
@@ -3273,6 +3280,26 @@ def test_signal_in_the_last_step_stops_before_the_evaluation_and_the_next_one_is
     monkeypatch.setattr(tars, "train_step", train_step)
     tars.main([*flags, "--resume"])
     assert (out / "summary.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_signal_between_steps_is_noted_and_a_second_one_ends_the_run(small_demo, tmp_path, monkeypatch):
+    save, train_step, handlers = tars.save_checkpoint, tars.train_step, []
+
+    def saving(optimizer, step, *args):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(optimizer, step, *args)
+
+    def step(*args):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return train_step(*args)
+
+    monkeypatch.setattr(tars, "save_checkpoint", saving)
+    monkeypatch.setattr(tars, "train_step", step)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 3"):
+        tars.main([*long_flags(small_demo, tmp_path / "run")[1:], "--steps", "3", "--eval-every", "0"])
+    assert handlers[0] != signal.SIG_DFL == handlers[1]
+    tars.on_signals(signal.default_int_handler)
 
 
 def test_one_data_set_named_twice_is_measured_once(world, capsys, monkeypatch):
