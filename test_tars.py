@@ -3250,6 +3250,14 @@ def test_an_error_that_only_mentions_memory_is_no_full_memory():
         tars.run("tars.py", lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access was encountered")))
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync"))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("rename") or replace(*paths))
+    tars.write_json(tmp_path / "a.json", {})
+    assert calls == ["sync", "rename"] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_numbers_that_json_does_not_have_become_null(tmp_path):
     tars.write_json(tmp_path / "a.json", {"mrr": math.nan, "group": [{"rep": math.inf, "acc": 0.5}]})
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"mrr": None, "group": [{"rep": None, "acc": 0.5}]}
