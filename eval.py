@@ -468,7 +468,7 @@ def check_plot(path):
     """Raise UserError if no figure can be written to `path`, before anything is measured."""
     if Path(path).suffix[1:] not in pyplot().gcf().canvas.get_supported_filetypes() or Path(path).is_dir():
         raise UserError(f"--plot {path}: give a file such as layers.png")
-    check_writable(Path(path).parent)
+    check_writable(Path(path).parent, "--plot")
 
 
 def save(figure, path):

@@ -1360,11 +1360,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def check_writable(path):
-    """Raise UserError unless a folder, or the nearest above it that exists, can be written."""
+def check_writable(path, flag="--out"):
+    """Raise UserError, which names the flag, unless a folder or the nearest above it that exists can be written."""
     above = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not path or not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {path}: nothing can be written there")
+        raise UserError(f"{flag} {path}: nothing can be written there")
 
 
 def write_aside(path, write):
