@@ -610,7 +610,7 @@ def with_random_weights(path):
     model_settings, extractor_settings = HUB_SETTINGS[family]
     config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**model_settings)
     with torch.device(DEVICE):
-        model = family.model_class._from_config(config, dtype=DTYPE, attn_implementation="sdpa")
+        model = family.model_class._from_config(config, dtype=DTYPE, attn_implementation="folded")
     feature_extractor = family.feature_extractor_class(**extractor_settings)
     lm = SpeechLM(family, to_device(model, family), byte_tokenizer(family), feature_extractor)
     lm.eos_ids = lm.eos_ids[:0]
