@@ -25,7 +25,7 @@ import unicodedata
 import wave
 from collections import Counter
 from functools import partial
-from itertools import product, takewhile
+from itertools import pairwise, product, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -85,11 +85,15 @@ def sum_question(expression, letter, rng, key):
     return {"key": key, "question": question, "options": options, "answer_index": letter, "prompt_for_tts": spoken}
 
 
-def worked_answer(expression, letter):
-    """The completion the base model learns to write."""
-    sums = ". ".join(f"{DIGITS[value]} {sign} {DIGITS[number]} is {DIGITS[new]}"
+def in_steps(expression):
+    """The thought: five minus one is four. four plus two is six"""
+    return ". ".join(f"{DIGITS[value]} {sign} {DIGITS[number]} is {DIGITS[new]}"
                      for value, sign, number, new in work_out(expression))
-    return f"<think>{sums} {LETTERS[letter]}</think><answer>The answer is {LETTERS[letter]}.</answer>"
+
+
+def worked_answer(thought, letter):
+    """What the base model learns to write; `letter` is 0..3."""
+    return f"<think>{thought} {LETTERS[letter]}</think><answer>The answer is {LETTERS[letter]}.</answer>"
 
 
 # ==== 2. The demo's voice: each letter of a word is a triple of formants ==============================================
@@ -153,7 +157,7 @@ def demo_texts(rng):
     """All texts of the demo's prompts and answers, for its tokenizer."""
     texts = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
     for i, expression in enumerate(expressions()):
-        texts += [written_question(sum_question(expression, i % 4, rng, "")), worked_answer(expression, i % 4)]
+        texts += [written_question(sum_question(expression, i % 4, rng, "")), worked_answer(in_steps(expression), i % 4)]
     return texts
 
 
@@ -194,19 +198,24 @@ def demo_model(tokenizer):
         audio_end_token_id=token("<|audio_eos|>"), vision_start_token_id=token("<|IMAGE|>"), initializer_range=0.12))
 
 
-def lesson(expressions, rng, step, steps):
-    """24 exercises (expression, look_up). With look_up the result is given; only its letter must be found.
-    Looking up comes first and alone: mixed with sums from the start it is learnt much later. Then one-step sums are
-    mixed with the two-step ones, so that the LLM learns to add instead of memorising the training sums.
+def lesson(expressions, rng, learnt):
+    """24 exercises (kind, expression) when the share `learnt` of stage 1 is over.
+    "look up": the result is given, only its letter must be found. It comes first and alone: mixed with sums from the start it is
+    learnt much later. "add": six sums in a row and no question, so that a sum is taken from the words just written; in
+    the questions alone the LLM would memorise the second sum. "solve": the whole task, in two of them with one sum.
     """
 
     def draw(count):
         return [expressions[i] for i in rng.integers(len(expressions), size=count)]
 
-    if step < 0.16 * steps:
-        return [(expression, True) for expression in draw(24)]
-    return ([(expression, True) for expression in draw(4)] + [(expression[:3], False) for expression in draw(3)] +
-            [(expression, False) for expression in draw(17)])
+    if learnt < 0.28:
+        return [("look up", expression) for expression in draw(24)]
+    chains = []
+    for values in rng.integers(10, size=(6, 7)):
+        steps = [("minus" if new < value else "plus", abs(new - value)) for value, new in pairwise(values)]
+        chains.append((values[0], *(x for step in steps for x in step)))
+    return ([("look up", expression) for expression in draw(5)] + [("add", chain) for chain in chains] +
+            [("solve", expression) for expression in draw(11)] + [("solve", expression[:3]) for expression in draw(2)])
 
 
 def text_batch(tokenizer, exercises, rng, pauses):
@@ -217,56 +226,62 @@ def text_batch(tokenizer, exercises, rng, pauses):
     token = tokenizer.convert_tokens_to_ids
     letters = [token(f" {letter}") for letter in LETTERS]
     breaks = (token("\n"), token("\n\n"))
-    prompts, answers = [], []
-    for expression, look_up in exercises:
+    rate = rng.uniform(0, pauses)
+    rows, counts = [], []  # token ids; their weights in the loss
+    for kind, expression in exercises:
         letter = int(rng.integers(4))
-        question, answer = sum_question(expression, letter, rng, key=""), worked_answer(expression, letter)
-        if look_up:
-            question["question"], name = question["options"][letter], LETTERS[letter]
-            answer = f"<think>that is {question['question']} {name}</think><answer>The answer is {name}.</answer>"
+        question, thought = sum_question(expression, letter, rng, key=""), in_steps(expression)
+        if kind == "look up":
+            question["question"] = question["options"][letter]
+            thought = f"that is {question['question']}"
         user = tokenizer(written_question(question)).input_ids
         if pauses:
-            rate = rng.uniform(0, pauses)
             user = [t for u in user if u not in breaks for t in [token(PAUSE)] * rng.poisson(rate) + [u]]
-        prompts.append(tokenizer(Qwen25Omni.before_user).input_ids + user + tokenizer(Qwen25Omni.after_user).input_ids)
-        answers.append(tokenizer(answer + Qwen25Omni.end_of_turn[0]).input_ids)
-
-    def pad(rows):
-        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-
-    ids = pad([p + a for p, a in zip(prompts, answers)])
-    mask = pad([[1] * (len(p) + len(a)) for p, a in zip(prompts, answers)])
-    # The option's letter is the hard part and only one token of twenty: it has three times the weight.
-    weights = pad([[0.0] * len(p) + [3.0 if t in letters else 1.0 for t in a] for p, a in zip(prompts, answers)])
+        answer = tokenizer(worked_answer(thought, letter) + Qwen25Omni.end_of_turn[0]).input_ids
+        # The option's letter is the hard part and only one token of twenty: it has three times the weight.
+        weights = [3.0 if t in letters else 1.0 for t in answer]
+        if kind == "add":  # the results alone count
+            user, answer = [], tokenizer(f"<think>{thought}").input_ids
+            weights = [float(before == token(" is")) for before in [None, *answer[:-1]]]
+        prompt = tokenizer(Qwen25Omni.before_user).input_ids + user + tokenizer(Qwen25Omni.after_user).input_ids
+        rows.append(torch.tensor(prompt + answer))
+        counts.append(torch.tensor([0.0] * len(prompt) + weights))
+    ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, counts))
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return ids, mask, weights
 
 
 def train_llm(model, tokenizer, expressions, rng, steps):
-    """Stage 1: teach the LLM to look options up, then to reason in writing."""
+    """Stage 1: teach the LLM to look options up, then to reason in writing.
+    Muon learns the matrices of the layers, in half the steps that AdamW takes; AdamW learns the rest. Without strong
+    weight decay the LLM memorises the training sums and fails on new ones.
+    """
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
-    # Without strong weight decay it memorises the training sums and fails on new ones.
-    learnt = [*decoder.parameters(), *model.lm_head.parameters()]
-    optimizer = torch.optim.AdamW(learnt, lr=2e-3, weight_decay=0.3)
+    matrices = [p for p in decoder.layers.parameters() if p.ndim == 2]
+    others = [embeddings.weight, model.lm_head.weight, *(p for p in decoder.parameters() if p.ndim == 1)]
+    muon = torch.optim.Muon(matrices, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, weight_decay=0.3)
     bar = tqdm(range(steps), desc="base model 1/2: LLM learns to reason in writing", unit="step")
     for step in bar:
         pauses = 1.5 * min(1.0, max(0.0, (step / steps - 0.1) / 0.2)) if step % 2 else 0.0
-        ids, mask, weights = text_batch(tokenizer, lesson(expressions, rng, step, steps), rng, pauses)
+        ids, mask, weights = text_batch(tokenizer, lesson(expressions, rng, step / steps), rng, pauses)
         hidden = decoder(inputs_embeds=embeddings(ids), attention_mask=mask, use_cache=False).last_hidden_state
         answer = weights[:, 1:] > 0
         nll = F.cross_entropy(model.lm_head(hidden[:, :-1][answer]), ids[:, 1:][answer], reduction="none")
         loss = (nll * weights[:, 1:][answer]).sum() / weights.sum()
-        decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * decay
-        descend(loss, optimizer)
+        for optimizer, peak in ((muon, 5e-3), (adamw, 2e-3)):
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 20, (1 - step / steps) / 0.4)
+        descend(loss, muon, adamw)
         bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
-def descend(loss, optimizer):
-    """One optimizer step with the gradient clipped to norm 1."""
-    optimizer.zero_grad()
+def descend(loss, *optimizers):
+    """One step of the optimizers, with the gradient clipped to norm 1."""
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
+    nn.utils.clip_grad_norm_([p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]], 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def spoken_question(expression, letter, rng, key):
@@ -317,7 +332,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     For the first third of the steps each audio embedding is aligned with a word embedding of the LLM: that of the word
     where a word ends, that of the pause elsewhere. Then the loss of the worked answer is added, at a twentieth of the
     learning rate, because it learns fast. Training stops when the accuracy on the spoken questions `val` reaches
-    `stop_at`.
+    `stop_at`; a quarter of them tells when it is worth asking all.
     """
     lm.model.requires_grad_(False)
     tower = [p.requires_grad_(True) for name, p in lm.model.named_parameters() if "audio_tower" in name]
@@ -342,9 +357,9 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
             loss = loss + answer_loss(lm, clips, [answers[i] for i in batch])
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.05 if step > steps // 3 else 1)
         descend(loss, optimizer)
-        if step >= steps // 4 and step % 5 == 0:
-            accuracy = spoken_accuracy(lm, val)
-            if accuracy >= stop_at:
+        if step >= steps // 6 and step % 5 == 0:
+            accuracy = spoken_accuracy(lm, val[: len(val) // 4])
+            if accuracy >= stop_at and (accuracy := spoken_accuracy(lm, val)) >= stop_at:
                 break
         bar.set_postfix_str(f"loss {loss.item():.2f}, speech accuracy {100 * accuracy:.0f} %")
     bar.close()
@@ -383,7 +398,7 @@ def demo(args):
         spoken = [spoken_question(expression, letter, rng, f"{part}-{i}")
                   for i, (expression, letter) in enumerate(tqdm(asked, desc=f"speaking {part} questions", unit="clip"))]
         rows[part], words[part] = map(list, zip(*spoken))
-        answers[part] = [worked_answer(*question) for question in asked]
+        answers[part] = [worked_answer(in_steps(expression), letter) for expression, letter in asked]
 
     tokenizer = demo_tokenizer(demo_texts(rng))
     model = demo_model(tokenizer)
@@ -990,7 +1005,7 @@ def main(arguments=None):
     of_demo = (
         ("--out", "runs/demo", "", "directory to write"),
         ("--seed", 0, "[0, 4294967295]", "seed of questions, voices and base model"),
-        ("--text-steps", 1600, "[1, inf)", "steps of the base model's stage 1"),
+        ("--text-steps", 800, "[1, inf)", "steps of the base model's stage 1"),
         ("--speech-steps", 600, "[1, inf)", "steps of its stage 2 at most"),
         ("--stop-at", 0.40, "[0, 1]", "speech accuracy at which stage 2 stops"),
         ("--train-clips", 4000, "[1, inf)", "spoken training questions"),

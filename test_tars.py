@@ -395,7 +395,7 @@ def answers(lm, questions):
     """Completions [4, 2, 2, C] with their mask. Of speech the first is right; of text the second; the others are wrong."""
     texts = []
     for n, i in enumerate((3, 500, 777, 1200)):
-        right, wrong = data_prep.worked_answer(SUMS[i], n), data_prep.worked_answer(SUMS[(i + 9) % 1210], (n + 1) % 4)
+        right, wrong = (data_prep.worked_answer(data_prep.in_steps(SUMS[j]), k % 4) for j, k in ((i, n), ((i + 9) % 1210, n + 1)))
         texts += [right, wrong[7:], wrong, right]
     rows = [lm.tokenizer(text + lm.family.end_of_turn[0]).input_ids for text in texts]
     width = max(map(len, rows))
@@ -2025,15 +2025,41 @@ def test_demo_sums_are_1210_and_right():
         words = dict(zip(data_prep.DIGITS, range(10)))
         value = eval(f"{a} {'+' if s == 'plus' else '-'} {b} {'+' if t == 'plus' else '-'} {c}")
         assert words[row["options"][row["answer_index"]]] == value and len(set(row["options"])) == 4
-        answer = data_prep.worked_answer((a, s, b, t, c), i % 4)
+        answer = data_prep.worked_answer(data_prep.in_steps((a, s, b, t, c)), i % 4)
         assert format_reward(answer) == 1 and extract_answer(answer, row["options"]) == "ABCD"[i % 4]
 
 
 def test_demo_tokenizer_gives_back_the_exact_string(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for text in (data_prep.worked_answer(SUMS[7], 2), Qwen25Omni.before_user, "five minus one\n\nOption A: six\nOption B: one"):
+    for text in (data_prep.worked_answer(data_prep.in_steps(SUMS[7]), 2), Qwen25Omni.before_user, "five minus one\n\nOption A: six\nOption B: one"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+
+
+def test_demo_lessons_are_right_and_weigh_what_is_to_be_learnt():
+    tokenizer, rng, known = data_prep.demo_tokenizer(data_prep.demo_texts(np.random.default_rng(0))), np.random.default_rng(0), SUMS[:100]
+    values = dict(zip(data_prep.DIGITS, range(10)))
+    assert [kind for kind, _ in data_prep.lesson(known, rng, 0.27)] == ["look up"] * 24
+    exercises = data_prep.lesson(known, rng, 0.29)
+    assert [kind for kind, _ in exercises] == ["look up"] * 5 + ["add"] * 6 + ["solve"] * 13
+    for pauses in (0.0, 1.5):
+        rows = zip(*data_prep.text_batch(tokenizer, exercises, rng, pauses), exercises)
+        for ids, mask, weights, (kind, expression) in rows:
+            text = tokenizer.decode(ids[mask == 1])
+            question, answer = text.split("<|im_start|>user\n")[1].split("<|im_end|>\n<|im_start|>assistant\n")
+            assert (weights[mask == 0] == 0).all() and ("…" in question) <= (pauses > 0)
+            learnt = [(tokenizer.decode([i]), w) for i, w in zip(ids.tolist(), weights.tolist()) if w]
+            sums = re.findall(r"(\w+) (plus|minus) (\w+) is (\w+)", answer)
+            for left, sign, right, result in sums:
+                assert values[left] + (values[right] if sign == "plus" else -values[right]) == values[result]
+            if kind == "add":  # six sums, each going on from the last; their results are learnt
+                assert not question and len(sums) == 6 and all(a[3] == b[0] for a, b in zip(sums, sums[1:]))
+                assert learnt == [(f" {result}", 1.0) for *_, result in sums]
+            else:  # the whole answer is learnt, the letter three times
+                assert "".join(token for token, _ in learnt) == answer and format_reward(answer.removesuffix("<|im_end|>")) == 1
+                assert [w for token, w in learnt if token in (" A", " B", " C", " D")] == [3.0, 3.0]
+                assert len(sums) == (0 if kind == "look up" else len(expression) // 2)
+                assert kind == "look up" or expression[:3] in {known_[:3] for known_ in known}
 
 
 def test_demo_holds_out_its_test_sums(small_demo):
