@@ -157,7 +157,8 @@ def demo_texts(rng):
     """All texts of the demo's prompts and answers, for its tokenizer."""
     texts = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
     for i, expression in enumerate(expressions()):
-        texts += [written_question(sum_question(expression, i % 4, rng, "")), worked_answer(in_steps(expression), i % 4)]
+        texts += [written_question(sum_question(expression, i % 4, rng, "")),
+                  worked_answer(in_steps(expression), i % 4)]
     return texts
 
 
@@ -200,9 +201,9 @@ def demo_model(tokenizer):
 
 def lesson(expressions, rng, learnt):
     """24 exercises (kind, expression) when the share `learnt` of stage 1 is over.
-    "look up": the result is given, only its letter must be found. It comes first and alone: mixed with sums from the start it is
-    learnt much later. "add": six sums in a row and no question, so that a sum is taken from the words just written; in
-    the questions alone the LLM would memorise the second sum. "solve": the whole task, in two of them with one sum.
+    "look up": the result is given, only its letter must be found. It comes first and alone: mixed with sums from the
+    start it is learnt much later. "add": six sums in a row and no question, so that the LLM takes each sum from the
+    words just written; from the questions alone it memorises. "solve": the whole task, twice with a single sum.
     """
 
     def draw(count):
@@ -263,7 +264,7 @@ def train_llm(model, tokenizer, expressions, rng, steps):
     adamw = torch.optim.AdamW(others, weight_decay=0.3)
     bar = tqdm(range(steps), desc="base model 1/2: LLM learns to reason in writing", unit="step")
     for step in bar:
-        pauses = 1.5 * min(1.0, max(0.0, (step / steps - 0.1) / 0.2)) if step % 2 else 0.0
+        pauses = 0.8 * min(1.0, max(0.0, (step / steps - 0.1) / 0.2)) if step % 2 else 0.0
         ids, mask, weights = text_batch(tokenizer, lesson(expressions, rng, step / steps), rng, pauses)
         hidden = decoder(inputs_embeds=embeddings(ids), attention_mask=mask, use_cache=False).last_hidden_state
         answer = weights[:, 1:] > 0
@@ -340,13 +341,13 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
     table, token = lm.model.get_input_embeddings().weight, lm.tokenizer.convert_tokens_to_ids
     pause, accuracy, order = token(PAUSE), 0.0, []
     answers = [torch.tensor(lm.tokenizer(answer + lm.family.end_of_turn[0]).input_ids) for answer in answers]
-    mels = [lm.family.features(lm.feature_extractor, read_clip(row["audio"]["bytes"]))
-            for row in tqdm(rows, desc="features", unit="clip")]
     bar = tqdm(range(1, steps + 1), desc="base model 2/2: encoder and projector, LLM frozen", unit="step")
     for step in bar:
         order = order if len(order) >= 16 else order + rng.permutation(len(rows)).tolist()
         batch, order = order[:16], order[16:]
-        clips = lm.family.encode(lm.model, [mels[i] for i in batch])  # 16 of [tokens, H]
+        waveforms = [read_clip(rows[i]["audio"]["bytes"]) for i in batch]  # 16 of [samples]
+        features = [lm.family.features(lm.feature_extractor, waveform) for waveform in waveforms]
+        clips = lm.family.encode(lm.model, features)  # 16 of [tokens, H]
         states, counts = torch.cat(clips), [len(clip) for clip in clips]  # [n, H]
         targets = torch.full((len(states),), pause)
         for start, i, count in zip(np.cumsum([0, *counts]), batch, counts):
@@ -367,11 +368,11 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
 
 
 # ==== 4. The demo as a whole ==========================================================================================
-# tars.py's defaults for this model instead of the paper's, saved beside it as tars_config.json. Within a group R_rep and
-# R_beh of these short answers differ by 0.04 (standard deviation), R_acc by 0.3: weights of 10 make them alike.
+# tars.py's defaults for this model instead of the paper's, saved beside it as tars_config.json. Within a group R_rep
+# and R_beh of these short answers differ by 0.04 (standard deviation), R_acc by 0.3: weights of 10 make them alike.
 DEMO_SETTINGS = {
     "data": "../train", "eval_data": "../test", "embedder": "ngrams", "questions_per_step": 16, "max_new_tokens": 26,
-    "steps": 140, "lr": 1.6e-3, "alpha": 10.0, "beta": 10.0, "gradient_checkpointing": False, "eval_batch": 64,
+    "steps": 160, "lr": 1.6e-3, "alpha": 10.0, "beta": 10.0, "gradient_checkpointing": False, "eval_batch": 64,
 }
 
 

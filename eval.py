@@ -362,23 +362,27 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.
 
 
 def paired_difference(values, others):
-    """Two lists of n numbers, paired -> mean difference, half of its 95 % interval (nan if n is 1), wins."""
+    """Two lists of n numbers, paired -> mean difference, half of its 95 % interval (nan if n is 0 or 1), wins."""
     d = np.array(values) - np.array(others)
+    if len(d) == 0:
+        return math.nan, math.nan, 0
     t = STUDENT[len(d) - 2] if len(d) < 16 else 2.1
     half = t * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
     return d.mean(), half, int((d > 0).sum())
 
 
-def accuracy_curve(log, summary):
-    """Steps, and spoken accuracy in percent at each evaluation; the base model's is at step 0."""
+def accuracy_curve(log, summary, modality):
+    """Accuracy in percent after each step from 0, the base model, on: evaluations, joined by straight lines."""
     evaluated = [line for line in log if "eval_speech" in line]
-    return ([0, *(line["step"] for line in evaluated)],
-            100 * np.array([summary["base_speech"], *(line["eval_speech"] for line in evaluated)]))
+    accuracies = [summary[f"base_{modality}"], *(line[f"eval_{modality}"] for line in evaluated)]
+    steps = [0, *(line["step"] for line in evaluated)]
+    return 100 * np.interp(np.arange(steps[-1] + 1), steps, accuracies)
 
 
 def read_groups(folders):
     """Finished runs by the settings in which they differ: {settings: {seed: (log, summary)}}. Others are named.
-    Raises UserError for a run whose base model, data or number of steps are not those of its seed's other runs.
+    Raises UserError for a run whose base model or data are not those of its seed's other runs, or whose number of steps
+    is not that of the first.
     """
     runs, groups, first = [], {}, {}
     for folder in folders:
@@ -390,8 +394,9 @@ def read_groups(folders):
     names = [name for name in names if len({getattr(cfg, name) for _, cfg, *_ in runs}) > 1]
     for folder, cfg, log, summary in runs:
         group = groups.setdefault(", ".join(f"{name} {getattr(cfg, name)}" for name in names) or "all", {})
-        made_from = summary.get("content"), log[-1]["step"]
-        if cfg.seed in group or made_from != first.setdefault(cfg.seed, made_from):
+        content, steps = summary.get("content"), log[-1]["step"]
+        fits = content == first.setdefault(cfg.seed, content) and steps == first.setdefault("steps", steps)
+        if cfg.seed in group or not fits:
             raise UserError(f"--compare: {folder} does not fit the other runs of seed {cfg.seed}: its base model, data "
                             "or number of steps differ, or nothing does")
         group[cfg.seed] = log, summary
@@ -404,28 +409,33 @@ def compare_runs(args):
     """Print what each group of settings reached over its seeds, against plain GRPO or else the first group."""
     groups = read_groups(args.compare)
     plain = next((name for name in groups if "alpha 0.0" in name and "beta 0.0" in name), next(iter(groups)))
-    rows, raw, bands = [], {}, {}
+    groups = {plain: groups[plain]} | groups  # it comes first
+    rows, raw, bands, scores, written = [], {}, {}, {}, []
     for name, runs in groups.items():
-        curves = [accuracy_curve(*run) for run in runs.values()]
-        steps = np.arange(max(evaluated[-1] for evaluated, _ in curves) + 1)
-        values = np.array([np.interp(steps, *curve) for curve in curves])  # [n, steps]
-        bands[name] = steps, values.mean(0), values.std(0)
-        reached = [next((step for step, value in zip(*curve) if value >= 60), math.inf) for curve in curves]
-        reports = {seed: summary for seed, (_, summary) in runs.items()}
-        columns = [*(100 * np.array([r[m] for r in reports.values()]) for m in MODALITIES), values.mean(1)]
-        both = sorted(runs.keys() & groups[plain].keys())
-        pairs = [[100 * some[seed][1]["speech"] for seed in both] for some in (runs, groups[plain])]
-        mean, half, wins = paired_difference(*pairs) if both else (math.nan, math.nan, 0)
-        rows.append([name, str(len(runs)), *(f"{x.mean():.1f} +- {x.std():.1f}" for x in columns),
-                     f"{np.median(reached):g}", f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]",
-                     f"{wins} of {len(both)}"])
-        for seed, r in reports.items():
-            raw.setdefault(seed, [f"{100 * r['base_speech']:.1f} / {100 * r['base_text']:.1f}", *["-"] * len(groups)])
-            raw[seed][len(rows)] = f"{100 * r['speech']:.1f} / {100 * r['text']:.1f}"
-    head = ["settings", "n", "speech %", "text %", "mean over steps %", "60 % at step", f"minus {plain}", "wins"]
+        spoken = {seed: accuracy_curve(*run, "speech") for seed, run in runs.items()}  # [steps + 1] each
+        written += [accuracy_curve(*run, "text") for run in runs.values()]
+        scores[name] = {seed: (curve[-1], 100 * runs[seed][1]["text"], curve.mean()) for seed, curve in spoken.items()}
+        reached = [next((step for step, value in enumerate(curve) if value >= 60), math.inf)
+                   for curve in spoken.values()]
+        means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in zip(*scores[name].values())]
+        rows.append([name, str(len(runs)), *means, f"{np.median(reached):g}"])
+        both = sorted(scores[name].keys() & scores[plain].keys())
+        for k in (0, 2):  # at the end; over all steps
+            values, others = ([scores[group][seed][k] for seed in both] for group in (name, plain))
+            mean, half, wins = paired_difference(values, others)
+            rows[-1].append(f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], {wins} of {len(both)}")
+        bands[name] = list(spoken.values())
+        for seed, (_, summary) in runs.items():
+            base = f"{100 * summary['base_speech']:.1f} / {100 * summary['base_text']:.1f}"
+            raw.setdefault(seed, [str(seed), base, *["-"] * len(groups)])
+            raw[seed][1 + len(rows)] = "{:.1f} / {:.1f}".format(*scores[name][seed][:2])
+    head = ["settings", "n", "speech %", "text %", "mean over steps %", "60 % at step", f"speech minus {plain}, wins",
+            "mean over steps, likewise"]
     print(table(head, rows))
-    print("\nspeech / text\n" + table(["seed", "base", *groups], [[str(seed), *raw[seed]] for seed in sorted(raw)]))
+    print("\nspeech / text %\n" + table(["seed", "base", *groups], [raw[seed] for seed in sorted(raw)]))
     if args.plot:
+        bands = {name: np.array(curves) for name, curves in (bands | {"in writing, all runs": written}).items()}
+        bands = {name: (np.arange(c.shape[1]), c.mean(0), c.std(0)) for name, c in bands.items()}
         draw(bands, "step", "accuracy on spoken questions, %", args.plot)
 
 
