@@ -1632,7 +1632,7 @@ def build_demo(folder):
     """Make the offline demo's data and base model with data_prep.py."""
     if RANKS > 1:
         raise UserError(f"{folder} does not exist: make it first with `python data_prep.py demo`, in one process")
-    print(f"{folder} does not exist: building the offline demo (once, about 3 minutes)")
+    print(f"{folder} does not exist: building the offline demo (once, about 2 minutes)")
     command = [sys.executable, Path(__file__).with_name("data_prep.py"), "demo", "--out", folder]
     if subprocess.run(command).returncode:
         raise UserError(f"the demo could not be built under {folder}: the reason is printed above")

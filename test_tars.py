@@ -11,7 +11,11 @@ code that loads the 7B; a test that takes `lm` runs for both families.
   TARS_SLOW=1 python -m pytest -q -s -k speed      # the ratios of README's "Speed"
 """
 
+import ast
 import dataclasses
+import difflib
+import functools
+import inspect
 import io
 import json
 import math
@@ -21,9 +25,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import traceback
 import wave
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: a name that is not here fails at once
@@ -390,8 +397,7 @@ def questions():
     return [data_prep.spoken_question(SUMS[i], n, rng, f"q{n}")[0] for n, i in enumerate((3, 500, 777, 1200))]
 
 
-@pytest.fixture
-def answers(lm, questions):
+def four_answers(lm):
     """Completions [4, 2, 2, C] with their mask. Of speech the first is right; of text the second; the others are wrong."""
     texts = []
     for n, i in enumerate((3, 500, 777, 1200)):
@@ -402,6 +408,11 @@ def answers(lm, questions):
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows]).view(4, 2, 2, width)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).view(4, 2, 2, width)
     return ids, mask
+
+
+@pytest.fixture
+def answers(lm):
+    return four_answers(lm)
 
 
 def placeholders(lm):
@@ -3601,3 +3612,594 @@ def test_speed_of_a_decoder_layer_of_the_7b():
     print("\nmedian seconds:", {name: round(s, 3) for name, s in seconds.items()})
     print(f"against the linear layers alone: ours {seconds['folded'] / seconds['linear']:.2f}, transformers' own {seconds['sdpa'] / seconds['linear']:.2f}")
     assert seconds["folded"] < 1.3 * seconds["linear"]
+
+
+# ======================================================================================================================
+# Exercises: `python test_tars.py exercises DIR` writes a sheet; `python -m pytest -v -k exercise` in DIR grades it
+# ======================================================================================================================
+HOLES = {  # functions whose bodies a sheet leaves out, in the order of the course, and what is asked for
+    "base_reward": "Eq. (3)", "format_reward": "R_fmt of Eq. (3)", "modality_advantages": "Eq. (7)",
+    "token_weights": "the weights w of the loss", "grpo_loss": "the loss", "pool_hidden_states": "Eq. (4)",
+    "representation_reward": "Eq. (5)", "behavior_reward": "Eq. (6)", "pick_references": "y* of Eq. (5) and (6)",
+    "total_reward": "Eq. (2)", "modality_recovery_rate": "Eq. (1)", "LoRALinear.forward": "y = W x + (alpha / r) B A x",
+    "paired_rows": "who sees whom, and where", "train_step": "the eight stages",
+    "sft_loss": "SFT's loss", "offline_answers": "answers to learn from", "dpo_loss": "DPO's loss", "offline_loss": "the loss under the spoken prompt",
+}
+
+
+def with_holes(source):
+    """Python source without the bodies of HOLES. Signatures, docstrings and comments on lines of their own stay."""
+    lines, functions = source.splitlines(keepends=True), {}
+    for node in ast.parse(source).body:
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(function, ast.FunctionDef):
+                functions[function.name if function is node else f"{node.name}.{function.name}"] = function
+    for name in sorted(HOLES.keys() & functions.keys(), key=lambda name: -functions[name].lineno):
+        body = functions[name].body  # its docstring comes first
+        start, end = body[0].end_lineno, functions[name].end_lineno
+        comments = [line for line in lines[start:end] if line.lstrip().startswith("#")]
+        lines[start:end] = [*comments, f'{" " * body[0].col_offset}raise NotImplementedError("{HOLES[name]}")\n']
+    return "".join(lines)
+
+
+def write_sheet(folder):
+    """A copy of the project with the method left out. Raises UserError if `folder` is there already."""
+    if folder.exists():
+        raise tars.UserError(f"{folder} exists: give a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as aside:
+        sheet = Path(aside) / folder.name
+        sheet.mkdir()
+        for name in ("eval.py", "data_prep.py", "requirements.txt", "README.md"):
+            shutil.copy(HERE / name, sheet)
+        for name in ("tars.py", "test_tars.py"):
+            (sheet / name).write_text(with_holes((HERE / name).read_text()))
+        sheet.rename(folder)
+    print(f"{folder}: fill in tars.py, and in the end of test_tars.py SFT and DPO; grade it there with: python -m pytest -v -k exercise")
+
+
+def exercise(grader):
+    """A grader as a test. What is still empty, or breaks inside tars.py, is told in one line."""
+
+    @functools.wraps(grader)
+    def graded(*args, **kwargs):
+        try:
+            grader(*args, **kwargs)
+        except NotImplementedError as hole:
+            said = f"still to be written: {hole}"
+        except Exception as error:
+            inside = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == tars.__file__]
+            place = f"{inside[-1].name}, line {inside[-1].lineno}: " if inside else ""
+            said = f"{place}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            return
+        pytest.fail(said, pytrace=False)
+
+    return graded
+
+
+def teach(holds, sentence):
+    """End the exercise with a sentence unless `holds`."""
+    if not holds:
+        pytest.fail(sentence, pytrace=False)
+
+
+def same(given, wanted):
+    """Whether two numbers or tensors are equal up to rounding, NaN to nothing."""
+    given, wanted = (torch.as_tensor(x).detach().double() for x in (given, wanted))
+    return given.shape == wanted.shape and torch.allclose(given, wanted, atol=1e-5, rtol=1e-4)
+
+
+def explain_difference(given, wanted, mistakes, otherwise):
+    """Nothing if `given` is `wanted`; else the sentence of the mistake whose value it is, or `otherwise` and the numbers.
+    A value may be a function without arguments, if it takes long.
+    """
+    if same(given, wanted):
+        return
+    for sentence, value in mistakes.items():
+        teach(not same(given, value() if callable(value) else value), sentence)
+    given, wanted = (torch.as_tensor(x).detach() for x in (given, wanted))
+    teach(given.shape == wanted.shape, f"{otherwise}: the shape should be {list(wanted.shape)}, yours is {list(given.shape)}")
+    numbers = [[round(x, 4) for x in t.double().flatten().tolist()[:6]] for t in (wanted, given)]
+    teach(False, f"{otherwise}: should be {numbers[0]}, yours {numbers[1]}")
+
+
+@exercise
+def test_exercise_01_base_reward_and_format_reward():
+    acc, fmt = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    explain_difference(tars.base_reward(acc, fmt, 0.2), [1.2, 1.0, 0.2, 0.0], {
+        "lambda weighs R_fmt, and you weigh R_acc with it": 0.2 * acc + fmt,
+        "lambda is an argument: you use 0.5 whatever it is": acc + 0.5 * fmt,
+        "R_fmt has its weight lambda: you add it with weight 1": acc + fmt,
+        "a wrong answer earns its format too: Eq. (3) is a sum, not a product": acc * (1 + 0.2 * fmt)}, "Eq. (3)")
+    for completion, wanted, sentence in (
+        ("<think>a</think><answer>The answer is B.</answer>", 1.0, "a completion that is as the system prompt wants it earns 1.0"),
+        (" \n<think>a</think>\n<answer>So. The answer is B.</answer>\n", 1.0, "white space around the completion is allowed"),
+        ("<think>a\nb</think><answer>The answer is B.</answer>", 1.0, "a thought may have several lines"),
+        ("so <think>a</think><answer>The answer is B.</answer>", 0.0, "the whole completion must match: yours allows text before it"),
+        ("<think>a</think><answer>The answer is B.</answer> ok", 0.0, "the whole completion must match: yours allows text after it"),
+        ("The answer is B.", 0.0, "the tags are the format: yours asks for the answer alone"),
+        ("<think>a</think><answer>The answer is E.</answer>", 0.0, "the answer is A, B, C or D"),
+    ):
+        teach(tars.format_reward(completion) == wanted, sentence)
+        teach(isinstance(tars.format_reward(completion), float), "R_fmt is a number, 1.0 or 0.0: yours is another type")
+
+
+@exercise
+def test_exercise_02_modality_advantages():
+    rewards = random_(3, 2, 4) * torch.tensor([1.0, 3.0])[:, None] + torch.tensor([0.0, 5.0])[:, None]  # [B, M, G/2]
+    given = tars.modality_advantages(rewards)
+    teach(given.shape == rewards.shape, f"an advantage for each reward: [3, 2, 4], yours {list(given.shape)}")
+    sums = {dim: same(given.sum(dim), torch.zeros_like(given.sum(dim))) for dim in (-1, (-2, -1), 0, 1, (0, 1, 2))}
+    if not sums[-1]:
+        teach(not sums[0], "the mean is that of a question's own answers; yours goes over the questions, the first axis")
+        teach(not sums[1], "the mean goes over the samples, the last axis; yours goes over speech and text, the middle one")
+        teach(not sums[-2, -1], "advantages of a modality must sum to 0 in each group; yours sum to 0 over both modalities together: that is --joint-norm")
+        teach(not sums[0, 1, 2], "each modality of each question has its own mean; yours is one mean of the whole batch")
+        teach(False, "advantages of a modality must sum to 0 in each group; yours do not")
+    wanted = torch.stack([torch.stack([row - sum(row) / len(row) for row in question]) for question in rewards])
+    factor = given / wanted  # [B, M, G/2]
+    teach(not same(factor, -torch.ones_like(factor)), "an answer that is better than the mean has a positive advantage; your sign is the other one")
+    teach(same(factor, torch.ones_like(factor)) or not same(factor, factor[..., :1].expand_as(factor)),
+          "yours are divided by a number of the group, such as its standard deviation: GRPO does that, Eq. (7) does not")
+    explain_difference(given, wanted, {}, "Eq. (7)")
+    flat = tars.modality_advantages(torch.ones(1, 2, 4))
+    teach(same(flat, torch.zeros(1, 2, 4)), "equal rewards have the advantage 0; yours is not, or NaN")
+    joint = tars.modality_advantages(rewards, joint=True)
+    teach(same(joint.sum((-2, -1)), torch.zeros(3)) and not same(joint, given), "with joint=True there is one mean over both modalities of a question")
+
+
+@exercise
+def test_exercise_03_token_weights_and_grpo_loss():
+    mask, cut = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]), torch.tensor([False, True])
+    explain_difference(tars.token_weights(mask), mask / 5, {
+        "padding is counted: divide by the completion tokens alone": mask / 8,
+        "padding has weights: they are 0 where the mask is 0": torch.full((2, 4), 1 / 8),
+        "yours gives each answer the same weight, as GRPO's mean of means; DAPO gives each token of the batch the same":
+            mask / mask.sum(-1, keepdim=True) / 2}, "token_weights")
+    explain_difference(tars.token_weights(mask, truncated=cut), [[0.25] * 4, [0] * 4], {
+        "a cut answer weighs nothing in the loss: yours does": mask / 5,
+        "the tokens of a cut answer are not counted either: the others then weigh more": mask * torch.tensor([[1], [0]]) / 5,
+        "`truncated` is True for the answers that were cut: you keep those and drop the others": mask * torch.tensor([[0], [1]])},
+        "token_weights with a cut answer")
+    explain_difference(tars.token_weights(mask, 10), mask / 10, {"n_tokens, where it is given, is the number to divide by": mask / 5}, "token_weights")
+    teach(same(tars.token_weights(mask, truncated=torch.tensor([True, True])), torch.zeros(2, 4)), "if all answers are cut, the weights are 0, not NaN")
+
+    def loss(ratio, advantage):  # of one token
+        return tars.grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1))
+
+    explain_difference(loss(1.1, 2.0), -2.2, {
+        "the ratio is exp(logp - old logp), 1 on-policy; yours is the difference without exp": -2 * math.log(1.1),
+        "the ratio is pi / pi_old; yours is upside down": -2 / 1.1,
+        "the loss is minus the surrogate: descent must make good answers more likely": 2.2}, "grpo_loss")
+    explain_difference(loss(2.0, 1.0), -1.28, {
+        "a ratio above 1 + eps_high is clipped; yours is not, or you take the larger of the two products": -2.0,
+        "above, the ratio is clipped at 1 + eps_high; you use eps_low on both sides": -1.2,
+        "the ratio is clipped to 1 - eps_low below and 1 + eps_high above; you have them the other way round": -0.8}, "grpo_loss, ratio 2, advantage 1")
+    explain_difference(loss(0.5, 1.0), -0.5, {
+        "of both products the smaller counts: with ratio 0.5 and advantage 1 that is the one that is not clipped": -0.8}, "grpo_loss")
+    explain_difference(loss(0.5, -1.0), 0.8, {
+        "of both products the smaller counts, for negative advantages too: -0.8 and not -0.5": 0.5,
+        "below, the ratio is clipped at 1 - eps_low; you use eps_high on both sides": 0.72}, "grpo_loss, ratio 0.5, advantage -1")
+    explain_difference(loss(2.0, -1.0), 2.0, {
+        "of both products the smaller counts: -2 and not -1.28; a bad answer that became likely is not clipped": 1.28}, "grpo_loss")
+    logps, old, advantages = random_(3, 4).requires_grad_(), random_(3, 4, seed=1), random_(3, seed=2)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    given = tars.grpo_loss(logps, old, advantages, mask)
+    value, gradient = loss_by_loop(logps, old, advantages, mask, 0.2, 0.28)
+    everything, _ = loss_by_loop(logps, old, advantages, torch.ones_like(mask), 0.2, 0.28)
+    rows = sum(loss_by_loop(*(x[i : i + 1] for x in (logps, old, advantages, mask)), 0.2, 0.28)[0] for i in range(3)) / 3
+    explain_difference(given, value, {
+        "padding is counted in the mean": everything,
+        "padding is left out of the sum, but counted in the number of tokens": value * mask.sum() / mask.numel(),
+        "yours is a mean of the answers' means; DAPO takes one mean over all tokens": rows}, "grpo_loss of three answers")
+    given.backward()
+    explain_difference(torch.zeros(3, 4) if logps.grad is None else logps.grad, gradient, {"no gradient reaches the log-probs: the ratio must not be detached": torch.zeros(3, 4)}, "the gradient")
+    explain_difference(tars.grpo_loss(logps, old, advantages, mask, weights=2 * mask / mask.sum()), 2 * value, {
+        "`weights`, where they are given, take the place of token_weights": value}, "grpo_loss with weights")
+
+
+@exercise
+def test_exercise_04_pool_hidden_states():
+    hidden = torch.tensor([[[100.0, 100.0], [2.0, 4.0], [4.0, 12.0], [50.0, 60.0]]])  # [1, T, H]
+    explain_difference(tars.pool_hidden_states(hidden, torch.tensor([[0, 1, 1, 0]])), [[3.0, 8.0]], {
+        "the mean goes over generated positions alone: you count the prompt and the padding": hidden.mean(1),
+        "prompt and padding are left out of the sum, but counted in the number of positions": [[1.5, 4.0]],
+        "Eq. (4) is a mean: divide the sum by the number of generated positions": [[6.0, 16.0]],
+        "Eq. (4) is the mean over the answer, not the state of its last token": [[4.0, 12.0]]}, "Eq. (4)")
+    hidden, mask = random_(2, 3, 5, 4), torch.ones(2, 3, 5)
+    explain_difference(tars.pool_hidden_states(hidden, mask), hidden.mean(-2), {
+        "the mean goes over the tokens, the axis before the last": hidden.mean(1)}, "Eq. (4) with more leading axes")
+    teach(same(tars.pool_hidden_states(hidden, 0 * mask), torch.zeros(2, 3, 4)), "an answer without tokens has the mean 0, not NaN")
+
+
+@exercise
+def test_exercise_05_representation_reward():
+    speech, text = random_(2, 3, 4, 6), random_(2, 3, 4, 6, seed=1) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]  # [B, G/2, L, H]
+    cosines = torch.tensor([[[cos(*pair) for pair in zip(*answer)] for answer in zip(*question)] for question in zip(speech, text)])  # [B, G/2, L]
+    flat = torch.tensor([[cos(*pair) for pair in zip(*question)] for question in zip(speech.flatten(2), text.flatten(2))])
+    means = torch.tensor([[cos(*pair) for pair in zip(*question)] for question in zip(speech.mean(2), text.mean(2))])
+    explain_difference(tars.representation_reward(speech, text), cosines.mean(-1), {
+        "Eq. (5) is a mean over the layers: you return their sum": cosines.sum(-1),
+        "Eq. (5) is a mean over the layers: you return the cosines of all of them": cosines,
+        "take the cosine of each layer and then the mean; you take one cosine of all layers' states joined": flat,
+        "take the cosine of each layer and then the mean; you take the cosine of the mean state": means,
+        "a cosine divides by both lengths: yours is the dot product": (speech * text).sum(-1).mean(-1),
+        "the reward is high where states are near: yours is a distance": (1 - cosines).mean(-1)}, "Eq. (5)")
+    weights = torch.tensor([0.0, 0.5, 0.5, 0.0]).double()
+    explain_difference(tars.representation_reward(speech, text, weights), cosines[..., 1:3].mean(-1), {
+        "`weights`, where they are given, make the mean a weighted one": cosines.mean(-1)}, "Eq. (5) with weights of the layers")
+    teach(same(tars.representation_reward(speech, 0 * text), torch.zeros(2, 3)), "without a reference the states are 0 and so is the cosine; yours is not, or NaN")
+
+
+@exercise
+def test_exercise_06_behavior_reward_and_pick_references():
+    speech, text = random_(4, 6), random_(4, 6, seed=1)
+    explain_difference(tars.behavior_reward(speech, text), [cos(*pair) for pair in zip(speech, text)], {
+        "a cosine divides by both lengths: yours is the dot product": (speech * text).sum(-1),
+        "the reward is high where answers mean the same: yours is a distance": [1 - cos(*pair) for pair in zip(speech, text)],
+        "each spoken answer has its own reference: yours are compared with one another's": [cos(a, b) for a, b in zip(speech, text.roll(1, 0))]}, "Eq. (6)")
+    correct = torch.tensor([[False, True, False, True], [False, False, False, False], [True, False, False, False]])
+    draws = torch.stack([tars.pick_references(correct, torch.Generator().manual_seed(i)) for i in range(200)])  # [200, 3, 4]
+    teach(draws.shape == (200, 3, 4), f"one reference for each spoken answer: [3, 4], yours {list(draws.shape[1:])}")
+    teach((draws[:, 1] == -1).all(), "a group without a correct written answer has no reference: -1")
+    teach((draws[:, 0] >= 0).all() and (draws[:, 2] >= 0).all(), "a group with a correct written answer has references")
+    teach((draws < 4).all(), "a reference is the index of a written answer within its group, 0 to G/2 - 1; yours counts over the batch")
+    own = torch.stack([correct[b][draws[:, b].clamp(min=0)] | (draws[:, b] < 0) for b in range(3)])
+    teach(own.all(), "a reference is a correct written answer of the same question: yours is a wrong one, or another question's")
+    teach((draws[:, 0] != draws[:1, 0]).any(), "references are drawn at random: yours are always the same")
+    teach((draws[:, 0, 0] != draws[:, 0, 1]).any(), "each spoken answer draws a reference of its own: yours share one")
+    teach(not (draws[:, 0, 0] != draws[:, 0, 1]).all(), "references are drawn at random: yours go through the correct ones in order")
+    again = tars.pick_references(correct, torch.Generator().manual_seed(7))
+    teach(torch.equal(again, draws[7]), "draw with `generator`, or a run cannot be repeated")
+
+
+@exercise
+def test_exercise_07_total_reward_and_modality_recovery_rate():
+    base, rep, beh = (torch.tensor([x]) for x in (1.5, 0.8, 0.6))
+    explain_difference(tars.total_reward(base, rep, beh, 0.5, 2.0), [1.5 + 0.4 + 1.2], {
+        "alpha weighs R_rep and beta R_beh: you have them the other way round": [1.5 + 1.6 + 0.3],
+        "alpha and beta are arguments: you add both rewards with weight 1": [2.9],
+        "R_base is part of the reward": [1.6]}, "Eq. (2)")
+    explain_difference(tars.modality_recovery_rate(71.30, 77.70), 91.7632, {
+        "the rate is in percent": 0.917632, "speech accuracy over text accuracy: yours is upside down": 108.9762}, "Eq. (1)")
+    teach(math.isnan(tars.modality_recovery_rate(0.5, 0.0)), "a base model that gets nothing right in writing has no rate: NaN")
+
+
+@exercise
+def test_exercise_08_lora():
+    linear = torch.nn.Linear(3, 2, bias=False)
+    lora, x = LoRALinear(linear, rank=2, alpha=8), random_(5, 3).float()
+    explain_difference(lora(x), x @ linear.weight.T, {"W x is missing": torch.zeros(5, 2)}, "at first B is 0 and y = W x")
+    lora.lora_B.data = random_(2, 2, seed=1).float()
+    update = x @ lora.lora_A.T @ lora.lora_B.T  # [5, out]
+    explain_difference(lora(x), x @ linear.weight.T + 4 * update, {
+        "W x is missing": 4 * update, "the update is scaled by alpha / r: yours is not": x @ linear.weight.T + update,
+        "the update is scaled by alpha / r: you multiply by alpha": x @ linear.weight.T + 8 * update,
+        "the update is missing": x @ linear.weight.T}, "LoRA")
+    lora(x).sum().backward()
+    teach(lora.lora_A.grad is not None and lora.lora_B.grad is not None, "A and B are what is trained: no gradient reaches them")
+    with without_lora():
+        teach(same(lora(x), x @ linear.weight.T), "within without_lora() the layer is its frozen self: look at LoRALinear.enabled")
+    lora = LoRALinear(torch.nn.Linear(2, 1, bias=False).bfloat16(), rank=1, alpha=1)
+    lora.linear.weight.data.zero_()
+    lora.lora_A.data, lora.lora_B.data = torch.tensor([[1 + 2**-10, -1.0]]), torch.tensor([[1.0]])
+    y = lora(torch.ones(2, dtype=torch.bfloat16))
+    teach(y.dtype == torch.bfloat16, "beside bfloat16 weights the result is bfloat16")
+    teach(y.item() == 2**-10, "A and B are float32 beside bfloat16 weights: compute the update in float32, and cast it then")
+
+
+@exercise
+def test_exercise_09_paired_rows():
+    # A spoken prompt of 2 tokens with answers of 2 and 1, a written prompt of 1 with answers of 1 and 1, one of padding.
+    answered = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
+    sees, positions, previous = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), answered)
+    teach(sees.shape == (2, 1, 9, 9) and positions.shape == previous.shape == (2, 9), "mask [b, 1, T, T], position ids and previous tokens [b, T], T of the longest question")
+    sees = sees[0, 0].bool()
+    teach(sees.diagonal().all(), "each token sees itself, padding too: a softmax over nothing is NaN")
+    teach(not sees.triu(1).any(), "a token sees what stands before it: yours sees the future")
+    teach(not sees[4, 2:4].any() and not sees[7, 6], "an answer does not see another answer to the same prompt")
+    teach(not sees[5:8, :5].any(), "the written prompt and its answers see nothing of the spoken ones")
+    teach(sees[2:5, :2].all() and sees[6:8, 5].all(), "an answer sees the whole of its own prompt")
+    teach(sees[1, 0] and sees[3, 2], "a token sees the tokens before it in its own prompt or answer")
+    teach(not sees[8, :8].any(), "padding sees itself alone")
+    explain_difference(positions, [[0, 1, 2, 3, 2, 0, 1, 1, 0], [0, 1, 2, 1, 2, 0, 1, 2, 2]], {
+        "positions start again: those of an answer go on from its prompt's, and each prompt begins at 0": torch.arange(9).expand(2, 9)}, "position ids")
+    explain_difference(previous, [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]], {
+        "the first token of each answer is predicted by the prompt's last token, not by what stands beside it":
+            [[-1, -1, 1, 2, 3, -1, 5, 6, -1], [-1, 0, 1, 2, 3, -1, -1, 6, 7]]}, "the token that predicts each token")
+
+
+@exercise
+def test_exercise_10_train_step(questions, monkeypatch):
+    lm = SpeechLM(Qwen25Omni, *tiny_qwen())
+    perturb(lm)
+    parameters, answers, cut = [p for p in lm.decoder.parameters() if p.requires_grad], four_answers(lm), torch.zeros(4, 2, 2, dtype=torch.bool)
+    cut[1, 0, 1] = True
+    drawn, generator = [], torch.Generator().manual_seed(0)
+    monkeypatch.setattr(lm, "rollout", lambda *args: (*answers, cut))
+    monkeypatch.setattr(tars, "pick_references", lambda *args: drawn.append(pick_references(*args)) or drawn[-1])
+
+    def step(**settings):
+        for p in parameters:
+            p.grad = None
+        optimizer = Recorder(parameters, lr=0.0)  # nothing changes: a second update must find the same gradient
+        cfg = Config(**{"group_size": 4, "max_grad_norm": 1e9} | settings)
+        result = tars.train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, generator)
+        return *result, [torch.cat([g.flatten() for g in gradient]) for gradient in optimizer.gradients]
+
+    def wanted(cut=cut, **settings):
+        gradient = straightforward_step(lm, questions, answers, cut, drawn[0], Config(**settings), parameters)
+        return torch.cat([g.flatten() for g in gradient])
+
+    metrics, group, gradients = step()
+    teach(len(drawn) == 1, f"stage 3 draws the references of the whole step once: you call pick_references {len(drawn)} times")
+    teach(len(gradients) == 1, f"there is one update of the optimizer a roll-out: yours has {len(gradients)}")
+    teach(gradients[0].any(), "the gradient is 0: the old log-probs are those of the first forward, detached; else the ratio's own gradient cancels")
+    explain_difference(gradients[0], wanted(), {
+        "advantages are centred within each modality; yours over both together": lambda: wanted(joint_norm=True),
+        "R_rep is missing in the reward: Eq. (5) is computed between forward and backward pass": lambda: wanted(alpha=0.0),
+        "R_beh is missing in the reward": lambda: wanted(beta=0.0),
+        "a cut answer must not be learnt from: its tokens weigh 0": lambda: wanted(cut=torch.zeros_like(cut)),
+        "the gradient has the other sign: `loss.backward()`, and the optimizer descends": lambda: -wanted()}, "the gradient")
+    *_, (in_parts,) = step(tokens_per_micro_batch=1)
+    explain_difference(in_parts, gradients[0], {}, "the loss is divided by the tokens of the whole step, and yours by those of each micro-batch: the gradient")
+    *_, gradients = step(updates_per_rollout=2)
+    teach(len(gradients) == 2, f"with updates_per_rollout 2 there are two updates of the optimizer: yours has {len(gradients)}")
+    teach(not same(gradients[1], 2 * gradients[0]), "the second update's gradient has the first's in it: optimizer.zero_grad() after each update")
+    explain_difference(gradients[1], gradients[0], {}, "the gradient of the second update, where the first changed nothing")
+    names = {f"{name}_{m}" for name in ("acc", "fmt", "reward", "length") for m in tars.MODALITIES}
+    names |= {"rep_speech", "beh_speech", "loss", "grad_norm", "skipped", "padding"}
+    teach(names <= metrics.keys(), f"the numbers to log lack {', '.join(sorted(names - metrics.keys()))}")
+    teach(same(metrics["reward_text"], metrics["acc_text"] + 0.5 * metrics["fmt_text"]), "written answers earn R_base alone")
+    teach(group and "speech" in group, "return the first group too: first_group(...)")
+    *_, (clipped,) = step(max_grad_norm=1e-3)
+    teach(same(clipped.norm() * 1e3, 1.0), "stage 8 clips the gradient's norm to max_grad_norm before the update")
+    monkeypatch.setattr(tars, "grpo_loss", lambda logps, *rest: logps.sum() * math.nan)
+    metrics, _, gradients = step()
+    teach(not gradients and metrics["skipped"] == 1, "there is no update where the loss is not finite; skipped is 1 then")
+
+
+# The paper's Table 2 has two baselines that learn from answers sampled before training. Both learn under the spoken prompt.
+def sft_loss(logps, mask):
+    """SFT: the mean negative log-likelihood of all tokens of the chosen answers. Both [N, C] -> scalar.
+    loss = - sum_{i,t} log pi(y_{i,t}) / sum_i |y_i|
+    """
+    return -(logps * mask).sum() / mask.sum()
+
+
+def dpo_loss(chosen, rejected, base_chosen, base_rejected, beta=0.1):
+    """DPO: log-probs of whole answers under the model and under the base model, each [N] -> scalar.
+    loss = - mean_i log sigmoid(beta (log pi(y_w) - log pi_base(y_w) - log pi(y_l) + log pi_base(y_l)))
+    """
+    return -torch.nn.functional.logsigmoid(beta * (chosen - base_chosen - rejected + base_rejected)).mean()
+
+
+def offline_answers(lm, questions, cfg, generator):
+    """For each question [ids of a correct written answer, ids of a wrong spoken one], sampled until there are both, at
+    most 100 times each; None for a question that has not both.
+    """
+    found = [[None, None] for _ in questions]
+    for _ in range(100 // 4):
+        missing = [i for i, pair in enumerate(found) if None in pair]
+        for first in range(0, len(missing), cfg.questions_per_step):
+            batch = missing[first : first + cfg.questions_per_step]
+            asked = [questions[i] for i in batch]
+            ids, mask, _ = lm.rollout(lm.embed(asked), 4, cfg.max_new_tokens, cfg.temperature, generator)  # [b, M, 4, C]
+            acc = judge(asked, lm.detokenize(ids, mask), tars.extract_answers)[1].view(mask.shape[:3])  # [b, M, 4]
+            for b, i in enumerate(batch):
+                for k, (modality, right) in enumerate(((1, 1), (0, 0))):
+                    if found[i][k] is None and (acc[b, modality] == right).any():
+                        s = (acc[b, modality] == right).nonzero()[0, 0]
+                        found[i][k] = ids[b, modality, s][mask[b, modality, s] == 1]
+    return [None if None in pair else pair for pair in found]
+
+
+def offline_loss(method, lm, questions, pairs, beta=0.1):
+    """The loss of `method`, sft or dpo, for b questions with their pairs of answers, under the spoken prompt -> scalar.
+    DPO's base model is the model without its LoRA.
+    """
+    prompts = [[lm.prompt(turn)] for turn in lm.spoken_turns(questions)]  # b lists of one prompt [P, H]
+    width = max(len(answer) for pair in pairs for answer in pair)
+    ids, mask = (torch.zeros(len(pairs), 1, 2, width, dtype=torch.long, device=lm.device) for _ in range(2))  # [b, 1, 2, C]
+    for b, pair in enumerate(pairs):
+        for k, answer in enumerate(pair):
+            ids[b, 0, k, : len(answer)], mask[b, 0, k, : len(answer)] = answer, 1
+    logps, _ = lm.forward(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
+    if method == "sft":
+        return sft_loss(logps[:, 0, 0], mask[:, 0, 0])
+    with torch.no_grad(), without_lora():
+        base, _ = lm.forward(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
+    return dpo_loss(*(x.sum(-1)[:, 0, k] for x in (logps, base) for k in (0, 1)), beta)
+
+
+def baseline_case():
+    """A tiny model with LoRA, correct written answers to two questions, and wrong spoken ones: ids [C] each."""
+    lm = SpeechLM(Qwen25Omni, *tiny_qwen())
+    perturb(lm)
+    ids, mask = four_answers(lm)  # [4, M, 2, C]
+    return lm, *([ids[b, m, 1][mask[b, m, 1] == 1] for b in (0, 1)] for m in (1, 0))
+
+
+@exercise
+def test_exercise_11_sft(questions, monkeypatch):
+    logps, mask = torch.tensor([[-1.0, -2.0], [-6.0, -9.0]]), torch.tensor([[1, 1], [1, 0]])
+    explain_difference(sft_loss(logps, mask), 3.0, {  # (1 + 2 + 6) / 3
+        "the likelihood is to rise: the loss is minus the log-likelihood": -3.0,
+        "padding is counted": 4.5, "padding is counted in the number of tokens": 2.25, "the loss is a mean, yours a sum": 9.0,
+        "the loss is one mean over all tokens, yours a mean of the answers' means": 3.75}, "sft_loss")
+    lm, chosen, rejected = baseline_case()
+    ids, mask = four_answers(lm)
+    for x in (ids, mask):  # the right spoken answer loses its first token: it is right, but not the written one
+        x[:, 0, 0] = x[:, 0, 0].roll(-1, -1) * (torch.arange(x.shape[-1]) < x.shape[-1] - 1)
+    monkeypatch.setattr(lm, "rollout", lambda *args: (ids[:2], mask[:2], torch.zeros(2, 2, 2, dtype=torch.bool)))
+    found = offline_answers(lm, questions[:2], Config(questions_per_step=2), torch.Generator())
+    for pair, good, bad in zip(found, chosen, rejected):
+        teach(pair is not None and len(pair) == 2, "offline_answers: both questions have a correct written and a wrong spoken answer")
+        explain_difference(pair[0], good, {}, "chosen is a correct answer to the written question")
+        explain_difference(pair[1], bad, {}, "rejected is a wrong answer to the spoken question")
+    given = offline_loss("sft", lm, questions[:2], list(zip(chosen, rejected)))
+    rows = {spoken: [plain_logps(lm, q, spoken, answer.tolist()) for q, answer in zip(questions, chosen)] for spoken in (True, False)}
+    wrong = [plain_logps(lm, q, True, answer.tolist()) for q, answer in zip(questions, rejected)]
+    explain_difference(given, -torch.cat(rows[True]).mean(), {
+        "answers are learnt under the spoken prompt; yours under the written one": -torch.cat(rows[False]).mean(),
+        "SFT learns the chosen answers alone; yours learns the rejected ones too": -torch.cat(rows[True] + wrong).mean()}, "offline_loss of SFT")
+    given.backward()
+    teach(any(p.grad is not None and p.grad.any() for p in lm.decoder.parameters()), "no gradient reaches LoRA's weights")
+
+
+@exercise
+def test_exercise_12_dpo(questions):
+    values = [torch.tensor([x]) for x in (-10.0, -12.0, -20.0, -15.0)]  # 0.1 * ((-10 + 20) - (-12 + 15)) = 0.7
+    explain_difference(dpo_loss(*values), math.log(1 + math.exp(-0.7)), {
+        "the chosen answer is to become more likely: yours is the rejected one": math.log(1 + math.exp(0.7)),
+        "log-probs count relative to the base model's: yours do not": math.log(1 + math.exp(-0.2)),
+        "beta is missing": math.log(1 + math.exp(-7.0))}, "dpo_loss")
+    explain_difference(dpo_loss(*values, beta=0.2), math.log(1 + math.exp(-1.4)), {"beta is an argument": math.log(1 + math.exp(-0.7))}, "dpo_loss")
+    lm, chosen, rejected = baseline_case()
+    given = offline_loss("dpo", lm, questions[:2], list(zip(chosen, rejected)))
+
+    def log_probs(answers):
+        return torch.stack([plain_logps(lm, q, True, answer.tolist()).sum() for q, answer in zip(questions, answers)])
+
+    margin = log_probs(chosen) - log_probs(rejected)
+    with without_lora():
+        margin = margin - log_probs(chosen) + log_probs(rejected)
+    explain_difference(given, sum(math.log(1 + math.exp(-0.1 * m)) for m in margin.tolist()) / 2, {
+        "the base model is the model without LoRA: yours has it, and the loss is log 2 whatever is learnt": math.log(2)}, "offline_loss of DPO")
+    given.backward()
+    teach(any(p.grad is not None and p.grad.any() for p in lm.decoder.parameters()), "no gradient reaches LoRA's weights")
+
+
+MISTAKES = [  # exercise, function, what is written instead of what, and a piece of the sentence that must come
+    ("01", "base_reward", "acc + lam * fmt", "lam * acc + fmt", "you weigh R_acc with it"),
+    ("01", "base_reward", "acc + lam * fmt", "acc + 0.5 * fmt", "0.5 whatever it is"),
+    ("01", "base_reward", "acc + lam * fmt", "acc * (1 + lam * fmt)", "a sum, not a product"),
+    ("01", "format_reward", "fullmatch", "match", "text after it"),
+    ("01", "format_reward", "fullmatch", "search", "text before it"),
+    ("01", "format_reward", "completion.strip()", "completion", "white space around"),
+    ("01", "format_reward", "1.0 if", "True if", "another type"),
+    ("02", "modality_advantages", "else -1", "else (-2, -1)", "that is --joint-norm"),
+    ("02", "modality_advantages", "else -1", "else 0", "the first axis"),
+    ("02", "modality_advantages", "else -1", "else 1", "the middle one"),
+    ("02", "modality_advantages", "else -1", "else (0, 1, 2)", "one mean of the whole batch"),
+    ("02", "modality_advantages", "return rewards - ", "return rewards / rewards.std(-1, keepdim=True) - 1 / rewards.std(-1, keepdim=True) * ", "standard deviation"),
+    ("02", "modality_advantages", "return rewards - ", "return -rewards + ", "your sign"),
+    ("02", "modality_advantages", "(-2, -1) if joint else -1", "-1", "with joint=True"),
+    ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask", "yours does"),
+    ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask * truncated[..., None]", "you keep those"),
+    ("03", "token_weights", "sum_over_ranks(learnt.sum())", "sum_over_ranks(completion_mask.sum())", "not counted either"),
+    ("03", "token_weights", "sum_over_ranks(learnt.sum())", "learnt.numel()", "padding is counted"),
+    ("03", "token_weights", "return learnt / max(n_tokens, 1)", "return learnt / learnt.sum(-1, keepdim=True).clamp(min=1) / len(learnt)", "GRPO's mean of means"),
+    ("03", "token_weights", "max(n_tokens, 1)", "n_tokens", "not NaN"),
+    ("03", "grpo_loss", "torch.exp(per_token_logps - old_per_token_logps)", "per_token_logps - old_per_token_logps", "without exp"),
+    ("03", "grpo_loss", "torch.exp(per_token_logps - old_per_token_logps)", "torch.exp(old_per_token_logps - per_token_logps)", "upside down"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "(weights * surrogate).sum()", "minus the surrogate"),
+    ("03", "grpo_loss", "torch.min(rho * A", "torch.max(rho * A", "the larger of the two"),
+    ("03", "grpo_loss", "torch.min(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)", "rho * A", "yours is not"),
+    ("03", "grpo_loss", "torch.min(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)", "rho.clamp(1 - eps_low, 1 + eps_high) * A", "the smaller counts"),
+    ("03", "grpo_loss", "1 + eps_high", "1 + eps_low", "eps_low on both sides"),
+    ("03", "grpo_loss", "1 - eps_low", "1 - eps_high", "eps_high on both sides"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-surrogate.mean()", "padding is counted in the mean"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(surrogate * completion_mask).mean()", "counted in the number of tokens"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-((surrogate * completion_mask).sum(-1) / completion_mask.sum(-1)).mean()", "mean of the answers' means"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(weights * surrogate).detach().sum().requires_grad_()", "no gradient reaches the log-probs"),
+    ("04", "pool_hidden_states", "(hidden * mask).sum(-2) / mask.sum(-2).clamp(min=1)", "hidden.mean(-2)", "you count the prompt"),
+    ("04", "pool_hidden_states", "mask.sum(-2).clamp(min=1)", "hidden.shape[-2]", "counted in the number of positions"),
+    ("04", "pool_hidden_states", " / mask.sum(-2).clamp(min=1)", "", "divide the sum"),
+    ("04", "pool_hidden_states", ".clamp(min=1)", "", "not NaN"),
+    ("05", "representation_reward", "cosines.mean(-1)", "cosines.sum(-1)", "their sum"),
+    ("05", "representation_reward", "cosines = F.cosine_similarity(speech, text, dim=-1)", "cosines = (speech * text).sum(-1)", "the dot product"),
+    ("05", "representation_reward", "F.cosine_similarity(speech, text, dim=-1)", "F.cosine_similarity(speech.flatten(-2), text.flatten(-2), dim=-1)[..., None]", "layers' states joined"),
+    ("05", "representation_reward", "F.cosine_similarity(speech, text, dim=-1)", "F.cosine_similarity(speech.mean(-2), text.mean(-2), dim=-1)[..., None]", "the mean state"),
+    ("05", "representation_reward", " if weights is None else cosines @ weights", "", "`weights`, where they are given"),
+    ("06", "behavior_reward", "F.cosine_similarity(speech, text, dim=-1)", "(speech * text).sum(-1)", "the dot product"),
+    ("06", "behavior_reward", "F.cosine_similarity(speech, text, dim=-1)", "F.cosine_similarity(speech, text.roll(1, 0), dim=-1)", "one another's"),
+    ("06", "pick_references", "return drawn.masked_fill(none, -1)", "return drawn", "no reference: -1"),
+    ("06", "pick_references", "text_correct.float() + none.float()", "text_correct.roll(1, 0).float() + text_correct.roll(1, 0).logical_not().all(-1, keepdim=True).float()", "another question's"),
+    ("06", "pick_references", "torch.multinomial(chances, text_correct.shape[-1], replacement=True, generator=generator)", "chances.argmax(-1, keepdim=True).expand_as(chances)", "always the same"),
+    ("06", "pick_references", "torch.multinomial(chances, text_correct.shape[-1], replacement=True, generator=generator)", "torch.multinomial(chances, 1, generator=generator).expand_as(chances)", "yours share one"),
+    ("06", "pick_references", ", generator=generator)", ")", "draw with `generator`"),
+    ("07", "total_reward", "alpha * rep + beta * beh", "beta * rep + alpha * beh", "the other way round"),
+    ("07", "total_reward", "alpha * rep + beta * beh", "rep + beh", "with weight 1"),
+    ("07", "modality_recovery_rate", "100 * ", "", "in percent"),
+    ("07", "modality_recovery_rate", "speech_accuracy / base_text_accuracy", "base_text_accuracy / speech_accuracy", "upside down"),
+    ("08", "LoRALinear.forward", "self.linear(x) + delta.to(x.dtype)", "delta.to(x.dtype)", "W x is missing"),
+    ("08", "LoRALinear.forward", "self.scale * self.lora_B", "self.lora_B", "yours is not"),
+    ("08", "LoRALinear.forward", "not LoRALinear.enabled", "False", "frozen self"),
+    ("08", "LoRALinear.forward", "x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)",
+     "x, self.lora_A.to(x.dtype)), (self.scale * self.lora_B).to(x.dtype))", "in float32"),
+    ("08", "LoRALinear.forward", "delta.to(x.dtype)", "delta", "the result is bfloat16"),
+    ("09", "paired_rows", "(prompt[:, :, None] == part[:, None])", "(prompt[:, :, None] == prompt[:, None])", "another answer to the same prompt"),
+    ("09", "paired_rows", "own.tril()", "own", "sees the future"),
+    ("09", "paired_rows", "own.tril()", "torch.ones_like(own).tril()", "another answer to the same prompt"),
+    ("09", "paired_rows", " | (prompt[:, :, None] == part[:, None])", "", "the whole of its own prompt"),
+    ("09", "paired_rows", "index - begin + is_answer * (answers - first)", "index", "positions start again"),
+    ("09", "paired_rows", "torch.where(index == begin, answers, index) - 1", "index - 1", "what stands beside it"),
+    ("10", "train_step", "logps.detach()", "logps", "the gradient is 0"),
+    ("10", "train_step", "cfg.joint_norm)", "True)", "over both together"),
+    ("10", "train_step", "base[batch], rep[batch], beh[batch]", "base[batch], 0 * rep[batch], beh[batch]", "R_rep is missing"),
+    ("10", "train_step", "base[batch], rep[batch], beh[batch]", "base[batch], rep[batch], 0 * beh[batch]", "R_beh is missing"),
+    ("10", "train_step", "token_weights(completion_mask, truncated=truncated)", "token_weights(completion_mask)", "a cut answer must not"),
+    ("10", "train_step", "cfg.eps_high, w)", "cfg.eps_high, token_weights(mask, truncated=truncated[batch]))", "those of each micro-batch"),
+    ("10", "train_step", "part.backward()", "(-part).backward()", "the other sign"),
+    ("10", "train_step", "        optimizer.zero_grad()\n", "", "zero_grad"),
+    ("10", "train_step", "clip_grad_norm_(parameters, cfg.max_grad_norm)", "clip_grad_norm_(parameters, 1e9)", "clips the gradient"),
+    ("10", "train_step", "if finite:", "if True:", "no update where the loss"),
+    ("10", "train_step", "optimizer.step()", "pass", "yours has 0"),
+    ("11", "sft_loss", "-(logps", "(logps", "minus the log-likelihood"),
+    ("11", "sft_loss", "-(logps * mask).sum() / mask.sum()", "-logps.mean()", "padding is counted"),
+    ("11", "offline_answers", "((1, 1), (0, 0))", "((0, 1), (0, 0))", "chosen is a correct answer to the written"),
+    ("11", "offline_answers", "((1, 1), (0, 0))", "((1, 1), (1, 0))", "rejected is a wrong answer to the spoken"),
+    ("11", "offline_loss", "lm.spoken_turns(questions)", "[lm.embed_text(written_question(q)) for q in questions]", "yours under the written one"),
+    ("11", "offline_loss", "logps[:, 0, 0], mask[:, 0, 0]", "logps, mask", "the rejected ones too"),
+    ("12", "dpo_loss", "chosen - base_chosen - rejected + base_rejected", "rejected - base_rejected - chosen + base_chosen", "yours is the rejected one"),
+    ("12", "dpo_loss", "chosen - base_chosen - rejected + base_rejected", "chosen - rejected", "relative to the base model"),
+    ("12", "offline_loss", ", without_lora():", ":", "log 2"),
+]
+
+
+@pytest.mark.parametrize("number, name, right, wrong, sentence", [
+    pytest.param(*mistake, id=f"{mistake[1]}: {mistake[-1]}", marks=[slow] if mistake[0] == "10" else []) for mistake in MISTAKES])
+def test_sheet_common_mistakes_get_their_sentence(number, name, right, wrong, sentence, questions, monkeypatch):
+    module = tars if name.split(".")[0] in vars(tars) else sys.modules[__name__]
+    owner, name = (LoRALinear, "forward") if "." in name else (module, name)
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert right in source
+    exec(source.replace(right, wrong), vars(module), scope := {})
+    monkeypatch.setattr(owner, name, scope[name])
+    grader = next(test for title, test in globals().items() if title.startswith(f"test_exercise_{number}"))
+    given = {"questions": questions, "monkeypatch": monkeypatch}
+    with pytest.raises(pytest.fail.Exception, match=re.escape(sentence)):
+        grader(**{parameter: given[parameter] for parameter in inspect.signature(grader).parameters})
+
+
+def test_sheet_is_the_project_without_the_method(tmp_path):
+    run(HERE / "test_tars.py", "exercises", tmp_path / "sheet")
+    for name in ("tars.py", "test_tars.py"):
+        whole, sheet = ((folder / name).read_text() for folder in (HERE, tmp_path / "sheet"))
+        left_out, added = set(), []
+        for line in difflib.ndiff(whole.splitlines(), sheet.splitlines()):
+            if line.startswith("+ "):
+                added.append(line[2:].strip())
+            assert not (line.startswith("- ") and line[2:].lstrip().startswith("#"))  # comments stay
+        assert sorted(added) == sorted(f'raise NotImplementedError("{HOLES[hole]}")' for hole in HOLES if re.search(rf"^ *def {hole.split('.')[-1]}\(", whole, re.M)
+                                       and (hole in vars(tars) or "." in hole) == (name == "tars.py"))
+        both = [{n.name: ast.get_docstring(n) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)} for text in (whole, sheet)]
+        assert both[0] == both[1]
+    said = run(HERE / "test_tars.py", "exercises", tmp_path / "sheet", fails=True)
+    assert said.strip().endswith(f"test_tars.py: {tmp_path / 'sheet'} exists: give a new folder")
+    graded = subprocess.run([sys.executable, "-m", "pytest", "-v", "-k", "exercise", "-p", "no:cacheprovider"], cwd=tmp_path / "sheet", capture_output=True, text=True).stdout
+    assert len(re.findall(r"^test_tars.py::test_exercise_\d\d\S* FAILED", graded, re.M)) == 12 and "12 failed" in graded
+    assert graded.count("still to be written: ") >= 12 and "Traceback" not in graded
+
+
+def exercises(arguments):
+    """python test_tars.py exercises DIR"""
+    if len(arguments) != 2 or arguments[0] != "exercises":
+        raise tars.UserError("python test_tars.py exercises DIR")
+    write_sheet(Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    tars.run("test_tars.py", lambda: exercises(sys.argv[1:]))
