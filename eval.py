@@ -331,21 +331,25 @@ def draw(lines, x_label, y_label, path):
 def curves(args):
     """Plot rewards, accuracy in roll-outs and on the evaluation set, and MRR over steps; print where time went."""
     plt = pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
+    figure, axes = plt.subplots(3, 4, figsize=(17, 10), constrained_layout=True)
     panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"),
-              ("beh_speech", "R_beh (cosine)"), ("acc_speech", "spoken accuracy, %"),
-              ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"))
+              ("beh_speech", "R_beh (cosine)"), ("reward_text", "reward of written answers"),
+              ("acc_speech", "spoken accuracy, %"), ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"),
+              ("length_speech", "length of spoken answers"), ("entropy_speech", "entropy of spoken answers"),
+              ("kl", "KL to the base model"), ("clipped", "share of clipped tokens"), ("padding", "computed / needed"))
     for folder in args.curves:
         log, summary = read_run(folder)
         base_text = summary["base_text"]
         print(f"{folder}{cost_table(log)}\n")
-        steps = np.array([line["step"] for line in log])
         for axis, (key, label) in zip(axes.flat, panels):
-            values = np.array([line["acc_speech"] / base_text if key == "mrr" else line[key] for line in log])
+            points = [(line["step"], line["acc_speech"] / base_text if key == "mrr" else line[key])
+                      for line in log if key == "mrr" or key in line]  # KL is not in every line
+            steps, values = np.array(points).reshape(-1, 2).T
             if not values.any():  # a reward that this run did not compute
                 continue
             values = values * (100 if key == "mrr" or key.startswith("acc") else 1)
-            smooth = np.convolve(values, np.ones(window := min(20, len(values))) / window, "valid")
+            window = 1 if key == "kl" else min(20, len(values))
+            smooth = np.convolve(values, np.ones(window) / window, "valid")
             drawn = axis.plot(steps[window - 1 :], smooth, label=Path(folder).name)[0]
             axis.set(xlabel="step", ylabel=label)
             points = [(line["step"], line[f"eval_{key[4:]}"] if key != "mrr" else line["eval_speech"] / base_text)

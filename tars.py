@@ -269,7 +269,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask,
 
 
 # ==== 3. One step of the algorithm ====================================================================================
-def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
+def train_step(lm, questions, embedder, extract, optimizer, cfg, generator, with_kl=False):
     """One step of TARS on B questions. Returns the numbers to log, and the first group for a person to read.
     Tensors of answers are [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
     """
@@ -298,7 +298,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     clock.lap("rewards")
 
     layer_w = layer_weights(cfg.layers, len(lm.decoder.layers)).to(lm.device)  # [L]
-    old_logps = torch.zeros_like(token_w)  # [B, M, G/2, C]
+    old_logps, new_logps = (torch.zeros_like(token_w) for _ in range(2))  # [B, M, G/2, C]
     batches, padding = micro_batches(prompts, completion_mask, cfg.tokens_per_micro_batch)  # lists of b questions
     for update in range(cfg.updates_per_rollout):
         loss = 0.0
@@ -322,6 +322,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
             part = grpo_loss(logps, old_logps[batch], advantages[batch], mask, cfg.eps_low, cfg.eps_high, w)
             part.backward()
             loss += part.item()
+            new_logps[batch] = logps.detach()
             clock.lap("backward")
         # 8. Update, unless loss or gradient norm is not finite.
         loss = sum_gradients_over_ranks(parameters, loss)  # one process: as they are
@@ -334,8 +335,14 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
 
     terms = {"acc": acc, "fmt": fmt, "rep": rep, "beh": beh, "reward": rewards}  # each [B, M, G/2]
     group = first_group(questions[0], completions, terms | {"base": base, "advantage": advantages}, references)
-    metrics = step_means(terms | {"truncated": truncated, "length": completion_mask.sum(-1)}, letters, references)
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite), "padding": padding}
+    lengths = completion_mask.sum(-1)  # [B, M, G/2]
+    entropy = -old_logps.sum(-1) / lengths  # [B, M, G/2], estimated: the mean of -log pi over sampled tokens
+    metrics = step_means(terms | {"truncated": truncated, "length": lengths, "entropy": entropy}, letters, references)
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": float(not finite), "padding": padding,
+                "clipped": clipped_share(new_logps, old_logps, advantages, completion_mask, cfg.eps_low, cfg.eps_high)}
+    if with_kl:
+        first = (x[:1] for x in (completion_ids, completion_mask, old_logps))  # [1, M, G/2, C] each
+        metrics["kl"] = kl_to_base(lm, prompts[:1], *first, cfg.temperature)
     return metrics | clock.seconds, group
 
 
@@ -699,13 +706,14 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, generator
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step - 1, steps, cfg)
         # A seed for each step and process: a resumed run draws what it would have drawn.
         generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0]))
-        metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
+        sampled = cfg.sample_every and (step - 1) % cfg.sample_every == 0
+        metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator, sampled)
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds, "lr": lr,
                     "peak_gib": peak_memory(lm.device), "stop": len(signals)}
         metrics, changed = {"step": step} | mean_over_ranks(metrics) | changed, {}
         show_step(bar, metrics)
-        if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
+        if sampled:
             write_line(samples, {"step": step, **group})
             tqdm.write(show_group(step, group))
     if RANK == 0:
@@ -1318,6 +1326,21 @@ def step_means(terms, letters, references):
             if m != TEXT or name not in ("rep", "beh"):  # written answers earn neither
                 means[f"{name}_{modality}"] = x[:, m].float().mean().item()
     return means
+
+
+def clipped_share(logps, old_logps, advantages, mask, eps_low, eps_high):
+    """Share of the tokens whose ratio the loss clips, so that they are not learnt. Shapes as in grpo_loss."""
+    rho, A = torch.exp(logps - old_logps), advantages[..., None]
+    return ((rho.clamp(1 - eps_low, 1 + eps_high) * A < rho * A) * mask).sum().item() / mask.sum().item()
+
+
+def kl_to_base(lm, prompts, ids, mask, logps, temperature):
+    """KL of the policy to the base model, a mean over the tokens of sampled answers [b, M, G/2, C]: k3 = r - 1 - log r
+    with r = pi_base / pi. It is never below 0, and right on average.
+    """
+    with torch.no_grad(), without_lora():
+        base, _ = lm.forward(prompts, ids, mask, temperature, pool=False)  # [b, M, G/2, C]
+    return ((torch.exp(base - logps) - 1 - (base - logps)) * mask).sum().item() / mask.sum().item()
 
 
 def first_group(question, completions, terms, references):

@@ -654,6 +654,33 @@ def test_step_second_update_uses_the_first_ones_rewards_and_log_probs(lm, questi
     assert (new2 - old2).abs().max() > 1e-3
 
 
+def test_clipped_share_by_hand():
+    # Advantage 1 clips the ratio 1.5 and not 0.5, whose product is the smaller; -1 clips 0.5 and not 1.5. Padding does not count.
+    logps, mask = torch.log(torch.tensor([[1.5, 0.5, 9.0], [1.5, 0.5, 1.1]])), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert tars.clipped_share(logps, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask, 0.2, 0.28) == pytest.approx(2 / 5)
+    assert tars.clipped_share(logps, logps, torch.tensor([1.0, -1.0]), mask, 0.2, 0.28) == 0
+
+
+def test_step_logs_entropy_and_kl_to_the_base_model(lm, questions, answers, monkeypatch):
+    perturb(lm)
+    ids, mask = answers
+    monkeypatch.setattr(lm, "rollout", lambda *args: (*answers, torch.zeros(4, 2, 2, dtype=torch.bool)))
+    cfg, optimizer = Config(group_size=4), torch.optim.SGD([p for p in lm.decoder.parameters() if p.requires_grad], lr=0.0)
+    generator = torch.Generator().manual_seed(0)
+    metrics, _ = tars.train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, generator, True)
+    rows = {(b, m, s): (questions[b], m == 0, ids[b, m, s][mask[b, m, s] == 1].tolist()) for b in range(4) for m in (0, 1) for s in (0, 1)}
+    with torch.no_grad():
+        trained = {key: plain_logps(lm, *row) for key, row in rows.items()}
+        with without_lora():
+            base = {key: plain_logps(lm, *row) for key, row in rows.items() if key[0] == 0}
+    for m, modality in enumerate(tars.MODALITIES):  # -log pi of the tokens, their mean in each answer, the mean of eight answers
+        entropy = sum(-trained[b, m, s].mean().item() for b in range(4) for s in (0, 1)) / 8
+        assert metrics[f"entropy_{modality}"] == pytest.approx(entropy, rel=1e-4)
+    k3 = [r - 1 - math.log(r) for key in base for r in torch.exp(base[key] - trained[key]).tolist()]  # of the first group
+    assert metrics["kl"] == pytest.approx(sum(k3) / len(k3), rel=1e-3) and metrics["kl"] > 0.01
+    assert metrics["clipped"] == 0
+
+
 @pytest.mark.parametrize("loss", [
     lambda logps, *rest: (logps * float("inf")).sum(),  # neither is finite
     lambda logps, *rest: logps.sum() + float("inf"),  # the loss is not, its gradient is
