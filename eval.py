@@ -440,7 +440,7 @@ def compare_runs(args):
     if args.plot:
         bands = {name: np.array(curves) for name, curves in (bands | {"in writing, all runs": written}).items()}
         bands = {name: (np.arange(c.shape[1]), c.mean(0), c.std(0)) for name, c in bands.items()}
-        draw(bands, "step", "accuracy on spoken questions, %", args.plot)
+        draw(bands, "step", "accuracy, %", args.plot)
 
 
 def cost_table(log):
