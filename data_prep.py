@@ -228,7 +228,7 @@ def text_batch(tokenizer, exercises, rng, pauses):
     letters = [token(f" {letter}") for letter in LETTERS]
     breaks = (token("\n"), token("\n\n"))
     rate = rng.uniform(0, pauses)
-    rows, counts = [], []  # token ids; their weights in the loss
+    rows, row_weights = [], []  # token ids; what each weighs in the loss
     for kind, expression in exercises:
         letter = int(rng.integers(4))
         question, thought = sum_question(expression, letter, rng, key=""), in_steps(expression)
@@ -246,8 +246,8 @@ def text_batch(tokenizer, exercises, rng, pauses):
             weights = [float(before == token(" is")) for before in [None, *answer[:-1]]]
         prompt = tokenizer(Qwen25Omni.before_user).input_ids + user + tokenizer(Qwen25Omni.after_user).input_ids
         rows.append(torch.tensor(prompt + answer))
-        counts.append(torch.tensor([0.0] * len(prompt) + weights))
-    ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, counts))
+        row_weights.append(torch.tensor([0.0] * len(prompt) + weights))
+    ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, row_weights))
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return ids, mask, weights
 

@@ -17,6 +17,7 @@ import difflib
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -4096,6 +4097,39 @@ def test_exercise_12_dpo(questions):
         "the base model is the model without LoRA: yours has it, and the loss is log 2 whatever is learnt": math.log(2)}, "offline_loss of DPO")
     given.backward()
     teach(any(p.grad is not None and p.grad.any() for p in lm.decoder.parameters()), "no gradient reaches LoRA's weights")
+
+
+@pytest.fixture(scope="session", params=range(50, 56))
+def demo_of_a_seed(request, tmp_path_factory):
+    """The base model and data on which README compares TARS and GRPO, for one of its seeds."""
+    out = tmp_path_factory.mktemp(f"seed{request.param}") / "demo"
+    data_prep.main(["demo", "--out", str(out), "--seed", str(request.param), "--stop-at", "0.30"])
+    return tars.parse_config(["--model", str(out / "model"), "--seed", str(request.param)], None)
+
+
+@slow
+@pytest.mark.parametrize("method, lr", [("sft", 1.6e-3), ("dpo", 1.6e-3)])
+def test_baselines_on_the_demo(demo_of_a_seed, method, lr):
+    """Two more rows of README's table: one pass over the questions that TARS trains on. Prints accuracies before and after."""
+    cfg = dataclasses.replace(demo_of_a_seed, lr=lr)
+    lm, train, test = SpeechLM.from_pretrained(cfg.model), load_questions(cfg.data), load_questions(cfg.eval_data)
+    before = tars.evaluate(lm, test, tars.extract_answers, cfg)
+    optimizer, generator = tars.make_trainable(lm, cfg)
+    steps = [[train[i] for i in batch] for batch in itertools.islice(tars.data_order(len(train), cfg.questions_per_step, cfg.seed), cfg.steps)]
+    answers = iter(offline_answers(lm, [question for batch in steps for question in batch], cfg, generator))
+    left_out = 0
+    for step, batch in enumerate(steps):
+        both = [(question, pair) for question in batch if (pair := next(answers))]
+        left_out += len(batch) - len(both)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg)
+        offline_loss(method, lm, *map(list, zip(*both))).backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = tars.evaluate(lm, test, tars.extract_answers, cfg)
+    print(f"\n{method}, seed {cfg.seed}: speech {100 * before['speech']:.1f} -> {100 * after['speech']:.1f} %, text "
+          f"{100 * before['text']:.1f} -> {100 * after['text']:.1f} %, {left_out} of {cfg.steps * cfg.questions_per_step} questions without a pair")
+    assert after["text"] > 0.5
 
 
 MISTAKES = [  # exercise, function, what is written instead of what, and a piece of the sentence that must come
