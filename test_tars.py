@@ -2938,11 +2938,11 @@ def test_explain_works_one_group_through(small_demo, capsys):
     for function in ("rollout", "base_reward", "pick_references", "representation_reward", "behavior_reward", "total_reward",
                      "modality_advantages", "grpo_loss"):
         assert f"{function}()" in printed
-    rows = [re.fullmatch(r"  S\d  ([\d.]+) \+ 1 \* ([\d.]+) \+ 1 \* ([\d.]+) = ([\d.]+)", line) for line in printed.splitlines()]
+    rows = [re.fullmatch(r"  S\d  ([\d.]+) \+ 10 \* ([\d.]+) \+ 10 \* ([\d.]+) = ([\d.]+)", line) for line in printed.splitlines()]
     sums = [[float(x) for x in row.groups()] for row in rows if row]
     assert len(sums) == 4
     for base, rep, beh, total in sums:  # Eq. (2) as printed
-        assert base + rep + beh == pytest.approx(total, abs=0.002)
+        assert base + 10 * (rep + beh) == pytest.approx(total, abs=0.012)  # three decimals are printed
     rows = [re.match(r"  S\d  ([\d.]+) - ([\d.]+) = ([+-][\d.]+)", line) for line in printed.splitlines()]
     advantages = [[float(x) for x in row.groups()] for row in rows if row]
     assert [a[0] for a in advantages] == [s[3] for s in sums]
