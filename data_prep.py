@@ -359,7 +359,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.05 if step > steps // 3 else 1)
         descend(loss, optimizer)
         if step >= steps // 6 and step % 5 == 0:
-            accuracy = spoken_accuracy(lm, val[: len(val) // 4])
+            accuracy = spoken_accuracy(lm, val[: math.ceil(len(val) / 4)])
             if accuracy >= stop_at and (accuracy := spoken_accuracy(lm, val)) >= stop_at:
                 break
         bar.set_postfix_str(f"loss {loss.item():.2f}, speech accuracy {100 * accuracy:.0f} %")
