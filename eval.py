@@ -384,9 +384,9 @@ def accuracy_curve(log, summary, modality):
 
 
 def read_groups(folders):
-    """Finished runs by the settings in which they differ: {settings: {seed: (log, summary)}}. Others are named.
-    Raises UserError for a run whose base model or data are not those of its seed's other runs, or whose number of steps
-    is not that of the first.
+    """Finished runs by the settings in which they differ: {settings: {seed: (log, summary)}}, plain GRPO first, else as
+    given. Unfinished ones are named. Raises UserError for a run whose base model or data are not those of its seed's
+    other runs, or whose number of steps is not that of the others.
     """
     runs, groups, first = [], {}, {}
     for folder in folders:
@@ -394,10 +394,14 @@ def read_groups(folders):
             print(f"{folder} is left out: it is no finished run")
             continue
         runs.append((folder, settings_of(folder), *read_run(folder)))
-    names = [f.name for f in fields(Config) if f.name not in FREE | {"seed", "model", "data", "eval_data"}]
-    names = [name for name in names if len({getattr(cfg, name) for _, cfg, *_ in runs}) > 1]
+    runs.sort(key=lambda run: bool(run[1].alpha or run[1].beta))
+    settings = [f for f in fields(Config) if f.name not in FREE | {"seed", "model", "data", "eval_data"}]
+    settings = [f for f in settings if len({getattr(cfg, f.name) for _, cfg, *_ in runs}) > 1]
     for folder, cfg, log, summary in runs:
-        group = groups.setdefault(", ".join(f"{name} {getattr(cfg, name)}" for name in names) or "all", {})
+        values = [(f, getattr(cfg, f.name)) for f in settings]
+        shown = [f"{f.name} {value:g}" if f.type is float else f"{f.name} {value}" for f, value in values
+                 if f.type in (int, float) or value != f.default]  # a name or a switch only where it is unusual
+        group = groups.setdefault(", ".join(shown) or "default", {})
         content, steps = summary.get("content"), log[-1]["step"]
         fits = content == first.setdefault(cfg.seed, content) and steps == first.setdefault("steps", steps)
         if cfg.seed in group or not fits:
@@ -412,19 +416,18 @@ def read_groups(folders):
 def compare_runs(args):
     """Print what each group of settings reached over its seeds, against plain GRPO or else the first group."""
     groups = read_groups(args.compare)
-    plain = next((name for name in groups if "alpha 0.0" in name and "beta 0.0" in name), next(iter(groups)))
-    groups = {plain: groups[plain]} | groups  # it comes first
+    plain = next(iter(groups))
     rows, raw, bands, scores, written = [], {}, {}, {}, []
-    for name, runs in groups.items():
+    for number, (name, runs) in enumerate(groups.items(), 1):
         spoken = {seed: accuracy_curve(*run, "speech") for seed, run in runs.items()}  # [steps + 1] each
         written += [accuracy_curve(*run, "text") for run in runs.values()]
         scores[name] = {seed: (curve[-1], 100 * runs[seed][1]["text"], curve.mean()) for seed, curve in spoken.items()}
         reached = [next((step for step, value in enumerate(curve) if value >= 60), math.inf)
                    for curve in spoken.values()]
         means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in zip(*scores[name].values())]
-        rows.append([name, str(len(runs)), *means, f"{np.median(reached):g}"])
+        rows.append([f"({number}) {name}", str(len(runs)), *means, f"{np.median(reached):g}"])
         both = sorted(scores[name].keys() & scores[plain].keys())
-        for k in (0, 2):  # at the end; over all steps
+        for k in (0, 2) if name != plain else ():  # at the end; over all steps
             values, others = ([scores[group][seed][k] for seed in both] for group in (name, plain))
             mean, half, wins = paired_difference(values, others)
             rows[-1].append(f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], {wins} of {len(both)}")
@@ -432,11 +435,13 @@ def compare_runs(args):
         for seed, (_, summary) in runs.items():
             base = f"{100 * summary['base_speech']:.1f} / {100 * summary['base_text']:.1f}"
             raw.setdefault(seed, [str(seed), base, *["-"] * len(groups)])
-            raw[seed][1 + len(rows)] = "{:.1f} / {:.1f}".format(*scores[name][seed][:2])
-    head = ["settings", "n", "speech %", "text %", "mean over steps %", "60 % at step", f"speech minus {plain}, wins",
+            raw[seed][1 + number] = "{:.1f} / {:.1f}".format(*scores[name][seed][:2])
+    head = ["settings", "n", "speech %", "text %", "mean over steps %", "60 % at step", "speech minus (1), wins",
             "mean over steps, likewise"]
+    rows[0] += ["-", "-"]
     print(table(head, rows))
-    print("\nspeech / text %\n" + table(["seed", "base", *groups], [raw[seed] for seed in sorted(raw)]))
+    head = ["seed", "base", *(f"({number})" for number in range(1, len(groups) + 1))]
+    print("\nspeech / text %\n" + table(head, [raw[seed] for seed in sorted(raw)]))
     if args.plot:
         bands = {name: np.array(curves) for name, curves in (bands | {"in writing, all runs": written}).items()}
         bands = {name: (np.arange(c.shape[1]), c.mean(0), c.std(0)) for name, c in bands.items()}
@@ -585,7 +590,7 @@ def settings_of(folder):
     """The settings of a run, from its config.json. Raises UserError if there is none."""
     file = Path(folder) / "config.json"
     if not file.exists():
-        raise UserError(f"--explain {folder}: it holds no config.json, give the --out directory of a run")
+        raise UserError(f"{folder} holds no config.json: give the --out directory of a run")
     cfg = Config(**read_settings(file, config_parser()))
     check(cfg)
     return cfg

@@ -2910,12 +2910,16 @@ def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys
     assert f"{tmp_path}/stopped is left out" in printed
     rows = [re.split(r"  +", line.strip()) for line in printed.splitlines()]
     # GRPO ends at 60 and 50. Over steps 0 to 4: 40, 45, 50, 55, 60 and 40, 40, 40, 45, 50: 50 and 43. 60 % after step 4, and never.
-    assert ["alpha 0.0, beta 0.0", "2", "55.0 +- 5.0", "95.0 +- 5.0", "46.5 +- 3.5", "inf", "+0.0 [+0.0, +0.0], 0 of 2", "+0.0 [+0.0, +0.0], 0 of 2"] in rows
+    assert ["(1) alpha 0, beta 0", "2", "55.0 +- 5.0", "95.0 +- 5.0", "46.5 +- 3.5", "inf", "-", "-"] in rows
     # TARS: 80, 60, 100; of seeds 1 and 2 it is ahead by 20 and 10: 15 +- 12.71 * 7.071 / sqrt(2) = 63.55.
     # Over steps 0 to 4: 40, 50, 60, 70, 80 and 40, 50, 60, 60, 60: 60 and 54, ahead by 10 and 11: 10.5 +- 12.71 * 0.7071 / sqrt(2) = 6.355.
-    assert ["alpha 1.0, beta 1.0", "3", "80.0 +- 16.3", "93.3 +- 9.4"] == rows[3][:4]
+    assert ["(2) alpha 1, beta 1", "3", "80.0 +- 16.3", "93.3 +- 9.4"] == rows[3][:4]
     assert rows[3][5:] == ["2", "+15.0 [-48.5, +78.5], 2 of 2", "+10.5 [+4.1, +16.9], 2 of 2"]
     assert ["1", "40.0 / 100.0", "60.0 / 100.0", "80.0 / 100.0"] in rows and ["3", "40.0 / 100.0", "-", "100.0 / 100.0"] in rows
+    assert ["seed", "base", "(1)", "(2)"] in rows
+    joint = finished_run(tmp_path / "joint", 1, [1], [(0.6, 1.0), (0.7, 1.0)], joint_norm=True, layers="2-3")
+    printed = measure(capsys, "--compare", joint, *reversed(runs))  # plain GRPO comes first, wherever it stands
+    assert re.findall(r"^\(\d\) .*?(?=  )", printed, re.M) == ["(1) alpha 0, beta 0", "(2) alpha 1, beta 1, layers 2-3, joint_norm True", "(3) alpha 1, beta 1"]
     for folder, content, settings in (("other base", [7], {"lr": 0.5}), ("the same again", [1], {})):
         with pytest.raises(tars.UserError, match=f"{folder} does not fit the other runs of seed 1"):
             evaluation.main(["--compare", *runs, finished_run(tmp_path / folder, 1, content, [(0.6, 1.0), (0.8, 1.0)], **settings)])
