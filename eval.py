@@ -323,6 +323,7 @@ def draw(lines, x_label, y_label, path):
         axis.plot(x, mean, label=name)
         axis.fill_between(x, mean - half, mean + half, alpha=0.2)
     axis.set(xlabel=x_label, ylabel=y_label)
+    axis.locator_params(axis="x", integer=True)
     axis.legend()
     save(figure, path)
 

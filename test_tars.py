@@ -4112,7 +4112,7 @@ def demo_of_a_seed(request, tmp_path_factory):
 
 
 @slow
-@pytest.mark.parametrize("method, lr", [("sft", 1.6e-3), ("dpo", 1.6e-3)])
+@pytest.mark.parametrize("method, lr", [("sft", 4.8e-3), ("dpo", 1.6e-3)])
 def test_baselines_on_the_demo(demo_of_a_seed, method, lr):
     """Two more rows of README's table: one pass over the questions that TARS trains on. Prints accuracies before and after."""
     cfg = dataclasses.replace(demo_of_a_seed, lr=lr)
