@@ -431,7 +431,8 @@ def compare_runs(args):
         for k in (0, 2) if name != plain else ():  # at the end; over all steps
             values, others = ([scores[group][seed][k] for seed in both] for group in (name, plain))
             mean, half, wins = paired_difference(values, others)
-            rows[-1].append(f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], {wins} of {len(both)}")
+            interval = f" [{mean - half:+.1f}, {mean + half:+.1f}]" if len(both) > 1 else ""
+            rows[-1].append(f"{mean:+.1f}{interval}, {wins} of {len(both)}")
         bands[name] = list(spoken.values())
         for seed, (_, summary) in runs.items():
             base = f"{100 * summary['base_speech']:.1f} / {100 * summary['base_text']:.1f}"

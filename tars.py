@@ -153,7 +153,7 @@ class Config:
 # ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ========================
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
     """Eq. (1): speech accuracy as a share of what the original text backbone reaches in writing; numbers -> percent.
-    The denominator is fixed: the base model before training, not the trained policy.
+    The denominator is fixed: the base model before training, not the trained policy. If it is 0 the rate is nan.
     MRR = Acc_speech(model) / Acc_text(base) * 100 %
     """
     return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else math.nan
@@ -179,13 +179,15 @@ ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD
 
 
 def format_reward(completion):
-    """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0."""
+    """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0.
+    X is A, B, C or D; a colon or a comma may stand for the full stop, and white space around thought and answer.
+    """
     return 1.0 if ANSWER_FORMAT.fullmatch(completion.strip()) else 0.0
 
 
 def pool_hidden_states(hidden, completion_mask):
     """Eq. (4): one vector for an answer and a layer. hidden [..., T, H], completion_mask [..., T] -> [..., H].
-    The mask is 1 on generated positions, end-of-turn included; the prompt's positions do not count.
+    The mask is 1 on generated positions, end-of-turn included; the prompt's do not count. Without any the mean is 0.
     h_bar^(l) = (1 / |y|) sum_{t in y} h_t^(l)
     """
     mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [..., T, 1]
@@ -270,8 +272,9 @@ def grpo_loss(per_token_logps, old_per_token_logps, advantages, completion_mask,
 
 # ==== 3. One step of the algorithm ====================================================================================
 def train_step(lm, questions, embedder, extract, optimizer, cfg, generator, with_kl=False):
-    """One step of TARS on B questions. Returns the numbers to log, and the first group for a person to read.
-    Tensors of answers are [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
+    """One step of TARS on B questions. Returns the numbers to log (step_means; with_kl: also KL to the base model), and
+    the first group for a person to read (first_group). Tensors of answers are [B, M, G/2, ...]: question, modality
+    (0 speech, 1 text), sample.
     """
     clock, parameters = Clock(lm.device), optimizer.param_groups[0]["params"]  # the clock only measures
 
@@ -542,7 +545,7 @@ def positions(mask):
 
 def paired_rows(prompt_lengths, answered):
     """Each question as one row: spoken prompt, its answers, written prompt, its answers, end to end.
-    prompt_lengths [b, M], answered: bool [b, M, G/2, C] -> who sees whom [b, 1, T, T] (query x key), position ids
+    prompt_lengths [b, M], answered: bool [b, M, G/2, C] -> who sees whom, bool [b, 1, T, T] (query x key), position ids
     [b, T], and for each token of an answer the index of the one that predicts it, -1 elsewhere [b, T]. A token sees
     itself and what stands before it in its part and in the prompt of its part. With prompts s of 2 tokens and t of 1,
     one answer to each, a of 2 tokens and b of 1, and one token of padding:

@@ -42,6 +42,7 @@ import pytest
 import soundfile
 import tokenizers
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import (
@@ -444,7 +445,11 @@ def plain_forward(lm, question, spoken, completion, **kwargs):
 
 def plain_logps(lm, question, spoken, completion, temperature=1.0):
     """Log-probs of one completion from full logits, placeholders banned, [C]."""
-    P, output = plain_forward(lm, question, spoken, completion)
+    return logps_of(lm, *plain_forward(lm, question, spoken, completion), completion, temperature)
+
+
+def logps_of(lm, P, output, completion, temperature):
+    """The same from what plain_forward returned."""
     logits = output.logits[0, P - 1 : -1].clone()  # [C, V]
     logits[:, placeholders(lm)] = -math.inf
     return torch.log_softmax(logits / temperature, -1)[range(len(completion)), completion]
@@ -494,36 +499,43 @@ def one_step(lm, questions, answers, truncated, monkeypatch, parameters, lr=1.0,
     return metrics, group, drawn[0], optimizer.gradients
 
 
-def straightforward_step(lm, questions, answers, truncated, references, cfg, parameters):
-    """The step as one would write it first: one row at a time, plain forward, full logits, all hidden states, loops."""
+def straightforward_step(lm, questions, answers, truncated, references, cfg, parameters, old=None):
+    """The step as one would write it first: one row at a time, plain forward, full logits, all hidden states, loops.
+    Returns the gradient, and of each answer the terms of its reward, advantage and log-probs. old: what it returned
+    for the policy of the roll-out, if that is not the present one.
+    """
     ids, mask = answers
-    rows, text_rows = [], {}
-    for b, question in enumerate(questions):
-        for m in (1, 0):
-            for s in range(2):
-                n = int(mask[b, m, s].sum())
-                completion = ids[b, m, s, :n].tolist()
-                P, output = plain_forward(lm, question, m == 0, completion, output_hidden_states=True)
-                text = lm.tokenizer.decode(completion[:-1])
-                acc = float(extract_answer(text, question["options"]) == "ABCD"[question["answer_index"]])
-                reward = acc + cfg.lam * format_reward(text)
-                states = [layer[0, P:].mean(0).detach() for layer in output.hidden_states[1:]]
-                if m == 1:
-                    text_rows[b, s] = states, text
-                elif references[b, s] >= 0:
-                    reference_states, reference_text = text_rows[b, int(references[b, s])]
-                    chosen = range(4) if cfg.layers == "all" else range(1, 3)
-                    reward += cfg.alpha * sum(cos(states[l], reference_states[l]) for l in chosen) / len(chosen)
-                    e1, e2 = NGramEmbedder().embed([text, reference_text])
-                    reward += cfg.beta * cos(e1, e2)
-                rows.append((b, m, s, n, reward, plain_logps(lm, question, m == 0, completion)))
-    n_tokens = sum(n for b, m, s, n, *_ in rows if not truncated[b, m, s])
-    loss = 0.0
-    for b, m, s, n, reward, logps in rows:
-        group = [r for b_, m_, _, _, r, _ in rows if b_ == b and (cfg.joint_norm or m_ == m)]
-        if not truncated[b, m, s]:
-            loss = loss - (torch.exp(logps - logps.detach()) * (reward - sum(group) / len(group))).sum() / n_tokens
-    return torch.autograd.grad(loss, parameters)
+    rows, terms = [], {name: torch.zeros(len(questions), 2, 2) for name in ("acc", "fmt", "base", "rep", "beh", "reward", "advantage")}
+    texts, terms["logps"] = {}, {}
+    for b, m, s in itertools.product(range(len(questions)), (1, 0), range(2)):
+        question, completion = questions[b], ids[b, m, s, : int(mask[b, m, s].sum())].tolist()
+        P, output = plain_forward(lm, question, m == 0, completion, output_hidden_states=True)
+        text = lm.tokenizer.decode(completion[:-1])
+        terms["acc"][b, m, s] = extract_answer(text, question["options"]) == "ABCD"[question["answer_index"]]
+        terms["fmt"][b, m, s] = format_reward(text)
+        terms["base"][b, m, s] = terms["acc"][b, m, s] + cfg.lam * terms["fmt"][b, m, s]
+        states = [layer[0, P:].mean(0).detach() for layer in output.hidden_states[1:]]
+        if m == 1:
+            texts[b, s] = states, text
+        elif references[b, s] >= 0:
+            reference_states, reference_text = texts[b, int(references[b, s])]
+            chosen = range(4) if cfg.layers == "all" else range(1, 3)
+            terms["rep"][b, m, s] = sum(cos(states[l], reference_states[l]) for l in chosen) / len(chosen)
+            terms["beh"][b, m, s] = cos(*NGramEmbedder().embed([text, reference_text]))
+        terms["logps"][b, m, s] = logps_of(lm, P, output, completion, cfg.temperature)
+        rows.append((b, m, s))
+    for i in rows:
+        terms["reward"][i] = terms["base"][i] + cfg.alpha * terms["rep"][i] + cfg.beta * terms["beh"][i]
+    for b, m, s in rows:
+        group = [terms["reward"][i] for i in rows if i[0] == b and (cfg.joint_norm or i[1] == m)]
+        terms["advantage"][b, m, s] = terms["reward"][b, m, s] - sum(group) / len(group)
+    n_tokens = sum(len(terms["logps"][i]) for i in rows if not truncated[i])
+    loss, old = 0.0, old or terms
+    for i in rows:
+        if not truncated[i]:
+            ratio, A = torch.exp(terms["logps"][i] - old["logps"][i].detach()), old["advantage"][i]
+            loss = loss - torch.min(ratio * A, ratio.clamp(1 - cfg.eps_low, 1 + cfg.eps_high) * A).sum() / n_tokens
+    return torch.autograd.grad(loss, parameters), terms
 
 
 @pytest.mark.parametrize("settings", [
@@ -542,7 +554,7 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     for p, b, g, a in zip(parameters, before, gradient, after):
         torch.testing.assert_close(a, b - g)
         p.data.copy_(b)
-    expected = straightforward_step(lm, questions, answers, truncated, references, Config(**settings), parameters)
+    expected, _ = straightforward_step(lm, questions, answers, truncated, references, Config(**settings), parameters)
     for ours, theirs in zip(gradient, expected):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
     assert references.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]  # the right written answer of each group
@@ -1179,10 +1191,8 @@ def wav(samples, rate=16_000, width=2):
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as clip:
         clip.setnchannels(samples.shape[1]), clip.setsampwidth(width), clip.setframerate(rate)
-        if width == 1:
-            clip.writeframes((samples + 128).astype(np.uint8).tobytes())
-        else:
-            clip.writeframes(b"".join(int(s).to_bytes(width, "little", signed=True) for s in samples.flatten()))
+        low_bytes = (samples + (128 if width == 1 else 0)).astype("<i8").reshape(-1, 1).view(np.uint8)[:, :width]
+        clip.writeframes(low_bytes.tobytes())
     return buffer.getvalue()
 
 
@@ -2712,7 +2722,7 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
     (["--curves", "no/such/run"], "no/such/run"),
     (["--model", "no/such/model"], "no usable model"),
     (["--random-weights", "a/b"], "--random-weights a/b"),
-    (["--explain", "no/such/run"], "--explain no/such/run"),
+    (["--explain", "no/such/run"], "no/such/run holds no config.json"),
 ])
 def test_eval_mistakes_say_what_to_do(small_demo, flags, says, tmp_path):
     if "--curves" in flags:
@@ -3696,7 +3706,11 @@ def exercise(grader):
     @functools.wraps(grader)
     def graded(*args, **kwargs):
         try:
-            grader(*args, **kwargs)
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("LoRALinear.forward", *(HOLES.keys() & vars(tars).keys())):
+                    owner, name = (LoRALinear, "forward") if "." in name else (tars, name)
+                    patch.setattr(owner, name, untouched(getattr(owner, name)))
+                grader(*args, **kwargs)
         except NotImplementedError as hole:
             said = f"still to be written: {hole}"
         except Exception as error:
@@ -3708,6 +3722,19 @@ def exercise(grader):
         pytest.fail(said, pytrace=False)
 
     return graded
+
+
+def untouched(function):
+    """The same function; an exercise ends where it changes an argument in place."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        before = [(x, x.clone()) for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+        result = function(*args, **kwargs)
+        teach(all(torch.equal(*pair) for pair in before), f"{function.__name__} changes an argument in place: its caller still needs that")
+        return result
+
+    return call
 
 
 def teach(holds, sentence):
@@ -3732,8 +3759,9 @@ def explain_difference(given, wanted, mistakes, otherwise):
         teach(not same(given, value() if callable(value) else value), sentence)
     given, wanted = (torch.as_tensor(x).detach() for x in (given, wanted))
     teach(given.shape == wanted.shape, f"{otherwise}: the shape should be {list(wanted.shape)}, yours is {list(given.shape)}")
-    numbers = [[round(x, 4) for x in t.double().flatten().tolist()[:6]] for t in (wanted, given)]
-    teach(False, f"{otherwise}: should be {numbers[0]}, yours {numbers[1]}")
+    place = torch.isclose(given.double(), wanted.double(), atol=1e-5, rtol=1e-4).logical_not().nonzero()[0].tolist()
+    numbers = [round(t.double()[tuple(place)].item(), 4) for t in (wanted, given)]
+    teach(False, f"{otherwise}{f' at {place}' if place else ''}: should be {numbers[0]}, yours {numbers[1]}")
 
 
 @exercise
@@ -3746,15 +3774,23 @@ def test_exercise_01_base_reward_and_format_reward():
         "a wrong answer earns its format too: Eq. (3) is a sum, not a product": acc * (1 + 0.2 * fmt)}, "Eq. (3)")
     for completion, wanted, sentence in (
         ("<think>a</think><answer>The answer is B.</answer>", 1.0, "a completion that is as the system prompt wants it earns 1.0"),
-        (" \n<think>a</think>\n<answer>So. The answer is B.</answer>\n", 1.0, "white space around the completion is allowed"),
+        ("<think>a</think><answer>So. The answer is B: gold. Yes.</answer>", 1.0, "text may stand around `The answer is B` within the answer"),
+        (" \n<think>a</think><answer>The answer is B.</answer>\n", 1.0, "white space around the completion is allowed"),
+        ("<think>a</think>\n<answer>The answer is B.</answer>", 1.0, "white space between thought and answer is allowed"),
         ("<think>a\nb</think><answer>The answer is B.</answer>", 1.0, "a thought may have several lines"),
         ("so <think>a</think><answer>The answer is B.</answer>", 0.0, "the whole completion must match: yours allows text before it"),
         ("<think>a</think><answer>The answer is B.</answer> ok", 0.0, "the whole completion must match: yours allows text after it"),
         ("The answer is B.", 0.0, "the tags are the format: yours asks for the answer alone"),
+        ("<think>a<answer>The answer is B.</answer>", 0.0, "the thought ends before the answer begins"),
+        ("<think>The answer is B.</think><answer>No idea.</answer>", 0.0, "the letter stands in the answer: yours finds it in the thought"),
         ("<think>a</think><answer>The answer is E.</answer>", 0.0, "the answer is A, B, C or D"),
+        ("<think>a</think><answer>The answer is Bob.</answer>", 0.0, "`.`, `:` or `,` follows the letter"),
+        ("<think>a</think><answer>the answer is b.</answer>", 0.0, "the words and the letter count as they are written, capitals too"),
     ):
-        teach(tars.format_reward(completion) == wanted, sentence)
-        teach(isinstance(tars.format_reward(completion), float), "R_fmt is a number, 1.0 or 0.0: yours is another type")
+        fmt = tars.format_reward(completion)
+        teach(isinstance(fmt, float), "R_fmt is a number, 1.0 or 0.0: yours is another type")
+        teach(fmt in (0.0, 1.0), "R_fmt is 1.0 or 0.0 and nothing between")
+        teach(fmt == wanted, sentence)
 
 
 @exercise
@@ -3772,13 +3808,16 @@ def test_exercise_02_modality_advantages():
     wanted = torch.stack([torch.stack([row - sum(row) / len(row) for row in question]) for question in rewards])
     factor = given / wanted  # [B, M, G/2]
     teach(not same(factor, -torch.ones_like(factor)), "an answer that is better than the mean has a positive advantage; your sign is the other one")
+    teach(not same(factor, 4 / 3 * torch.ones_like(factor)), "the mean goes over all answers of the modality; yours leaves out the answer itself")
     teach(same(factor, torch.ones_like(factor)) or not same(factor, factor[..., :1].expand_as(factor)),
           "yours are divided by a number of the group, such as its standard deviation: GRPO does that, Eq. (7) does not")
     explain_difference(given, wanted, {}, "Eq. (7)")
     flat = tars.modality_advantages(torch.ones(1, 2, 4))
     teach(same(flat, torch.zeros(1, 2, 4)), "equal rewards have the advantage 0; yours is not, or NaN")
-    joint = tars.modality_advantages(rewards, joint=True)
-    teach(same(joint.sum((-2, -1)), torch.zeros(3)) and not same(joint, given), "with joint=True there is one mean over both modalities of a question")
+    wanted = torch.stack([question - sum(question.flatten()) / 8 for question in rewards])
+    explain_difference(tars.modality_advantages(rewards, joint=True), wanted, {
+        "with joint=True there is one mean over both modalities of a question; yours has one for each": given,
+        "your sign is the other one with joint=True": -wanted}, "Eq. (7) with joint=True")
 
 
 @exercise
@@ -3788,21 +3827,25 @@ def test_exercise_03_token_weights_and_grpo_loss():
         "padding is counted: divide by the completion tokens alone": mask / 8,
         "padding has weights: they are 0 where the mask is 0": torch.full((2, 4), 1 / 8),
         "yours gives each answer the same weight, as GRPO's mean of means; DAPO gives each token of the batch the same":
-            mask / mask.sum(-1, keepdim=True) / 2}, "token_weights")
+            mask / mask.sum(-1, keepdim=True) / 2,
+        "yours divides by each answer's own tokens; w divides by those of all answers": mask / mask.sum(-1, keepdim=True)}, "token_weights")
     explain_difference(tars.token_weights(mask, truncated=cut), [[0.25] * 4, [0] * 4], {
         "a cut answer weighs nothing in the loss: yours does": mask / 5,
         "the tokens of a cut answer are not counted either: the others then weigh more": mask * torch.tensor([[1], [0]]) / 5,
         "`truncated` is True for the answers that were cut: you keep those and drop the others": mask * torch.tensor([[0], [1]])},
         "token_weights with a cut answer")
     explain_difference(tars.token_weights(mask, 10), mask / 10, {"n_tokens, where it is given, is the number to divide by": mask / 5}, "token_weights")
+    explain_difference(tars.token_weights(mask, 10, cut), mask * torch.tensor([[1], [0]]) / 10, {
+        "a cut answer weighs nothing where n_tokens is given, too": mask / 10}, "token_weights with n_tokens and a cut answer")
     teach(same(tars.token_weights(mask, truncated=torch.tensor([True, True])), torch.zeros(2, 4)), "if all answers are cut, the weights are 0, not NaN")
 
-    def loss(ratio, advantage):  # of one token
-        return tars.grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1))
+    def loss(ratio, advantage, *eps):  # of one token
+        return tars.grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), *eps)
 
     explain_difference(loss(1.1, 2.0), -2.2, {
         "the ratio is exp(logp - old logp), 1 on-policy; yours is the difference without exp": -2 * math.log(1.1),
         "the ratio is pi / pi_old; yours is upside down": -2 / 1.1,
+        "the ratio is clipped to 1 - eps_low and 1 + eps_high; yours to eps_low and eps_high": -0.56,
         "the loss is minus the surrogate: descent must make good answers more likely": 2.2}, "grpo_loss")
     explain_difference(loss(2.0, 1.0), -1.28, {
         "a ratio above 1 + eps_high is clipped; yours is not, or you take the larger of the two products": -2.0,
@@ -3813,11 +3856,15 @@ def test_exercise_03_token_weights_and_grpo_loss():
     explain_difference(loss(0.5, -1.0), 0.8, {
         "of both products the smaller counts, for negative advantages too: -0.8 and not -0.5": 0.5,
         "below, the ratio is clipped at 1 - eps_low; you use eps_high on both sides": 0.72}, "grpo_loss, ratio 0.5, advantage -1")
-    explain_difference(loss(2.0, -1.0), 2.0, {
-        "of both products the smaller counts: -2 and not -1.28; a bad answer that became likely is not clipped": 1.28}, "grpo_loss")
+    explain_difference(loss(9.0, -1.0), 9.0, {
+        "of both products the smaller counts: -9 and not -1.28; a bad answer that became likely is not clipped": 1.28}, "grpo_loss, ratio 9, advantage -1")
+    for ratio, advantage, wanted in ((2.0, 1.0, -1.4), (0.5, -1.0, 0.7)):
+        explain_difference(loss(ratio, advantage, 0.3, 0.4), wanted, {
+            "eps_low and eps_high are arguments: you use 0.2 and 0.28 whatever they are": loss(ratio, advantage)}, "grpo_loss with eps_low 0.3 and eps_high 0.4")
     logps, old, advantages = random_(3, 4).requires_grad_(), random_(3, 4, seed=1), random_(3, seed=2)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
     given = tars.grpo_loss(logps, old, advantages, mask)
+    teach(given.requires_grad, "no gradient reaches the log-probs: your loss has none")
     value, gradient = loss_by_loop(logps, old, advantages, mask, 0.2, 0.28)
     everything, _ = loss_by_loop(logps, old, advantages, torch.ones_like(mask), 0.2, 0.28)
     rows = sum(loss_by_loop(*(x[i : i + 1] for x in (logps, old, advantages, mask)), 0.2, 0.28)[0] for i in range(3)) / 3
@@ -3833,15 +3880,22 @@ def test_exercise_03_token_weights_and_grpo_loss():
 
 @exercise
 def test_exercise_04_pool_hidden_states():
-    hidden = torch.tensor([[[100.0, 100.0], [2.0, 4.0], [4.0, 12.0], [50.0, 60.0]]])  # [1, T, H]
+    hidden = torch.tensor([[[100.0, 100.0], [2.0, 12.0], [4.0, 4.0], [50.0, 60.0]]])  # [1, T, H]
     explain_difference(tars.pool_hidden_states(hidden, torch.tensor([[0, 1, 1, 0]])), [[3.0, 8.0]], {
         "the mean goes over generated positions alone: you count the prompt and the padding": hidden.mean(1),
         "prompt and padding are left out of the sum, but counted in the number of positions": [[1.5, 4.0]],
         "Eq. (4) is a mean: divide the sum by the number of generated positions": [[6.0, 16.0]],
-        "Eq. (4) is the mean over the answer, not the state of its last token": [[4.0, 12.0]]}, "Eq. (4)")
-    hidden, mask = random_(2, 3, 5, 4), torch.ones(2, 3, 5)
-    explain_difference(tars.pool_hidden_states(hidden, mask), hidden.mean(-2), {
-        "the mean goes over the tokens, the axis before the last": hidden.mean(1)}, "Eq. (4) with more leading axes")
+        "Eq. (4) is the mean over the answer, not the state of its last token": [[4.0, 4.0]],
+        "Eq. (4) is a mean, not the largest value": [[4.0, 12.0]],
+        "all tokens of the mask count, the end-of-turn too: yours leaves out the last": [[2.0, 12.0]],
+        "the states at the answer's own positions count, not at those before, which predict it": [[51.0, 56.0]]}, "Eq. (4)")
+    hidden, lengths = random_(2, 3, 5, 4), torch.tensor([[5, 1, 3], [2, 4, 5]])
+    mask = (torch.arange(5) < lengths[..., None]).long()  # [2, 3, 5]
+    sums = torch.stack([torch.stack([sum(states[:n]) for states, n in zip(*question)]) for question in zip(hidden, lengths)])
+    explain_difference(tars.pool_hidden_states(hidden, mask), sums / lengths[..., None], {
+        "each answer is divided by its own length: yours by that of the longest": sums / 5,
+        "each answer is divided by its own length: yours by the mean length": sums / lengths.double().mean(),
+        "each answer has a mask of its own: yours uses the first one's for all": hidden.mean(-2)}, "Eq. (4) with more leading axes")
     teach(same(tars.pool_hidden_states(hidden, 0 * mask), torch.zeros(2, 3, 4)), "an answer without tokens has the mean 0, not NaN")
 
 
@@ -3857,23 +3911,33 @@ def test_exercise_05_representation_reward():
         "take the cosine of each layer and then the mean; you take one cosine of all layers' states joined": flat,
         "take the cosine of each layer and then the mean; you take the cosine of the mean state": means,
         "a cosine divides by both lengths: yours is the dot product": (speech * text).sum(-1).mean(-1),
-        "the reward is high where states are near: yours is a distance": (1 - cosines).mean(-1)}, "Eq. (5)")
-    weights = torch.tensor([0.0, 0.5, 0.5, 0.0]).double()
-    explain_difference(tars.representation_reward(speech, text, weights), cosines[..., 1:3].mean(-1), {
-        "`weights`, where they are given, make the mean a weighted one": cosines.mean(-1)}, "Eq. (5) with weights of the layers")
+        "the reward is high where states are near: yours is a distance": (1 - cosines).mean(-1),
+        "all L layers count; yours leaves out the first: the embedding output is not among them any more": cosines[..., 1:].mean(-1),
+        "all L layers count: yours takes the last alone": cosines[..., -1],
+        "a cosine below 0 stays below 0": cosines.clamp(min=0).mean(-1)}, "Eq. (5)")
+    weights = torch.tensor([0.0, 0.2, 0.8, 0.0]).double()
+    explain_difference(tars.representation_reward(speech, text, weights), 0.2 * cosines[..., 1] + 0.8 * cosines[..., 2], {
+        "`weights`, where they are given, make the mean a weighted one": cosines.mean(-1),
+        "`weights` say how much a layer counts, not only whether": cosines[..., 1:3].mean(-1),
+        "`weights` sum to 1: the weighted sum is the mean already": (cosines * weights).mean(-1)}, "Eq. (5) with weights of the layers")
     teach(same(tars.representation_reward(speech, 0 * text), torch.zeros(2, 3)), "without a reference the states are 0 and so is the cosine; yours is not, or NaN")
 
 
 @exercise
 def test_exercise_06_behavior_reward_and_pick_references():
-    speech, text = random_(4, 6), random_(4, 6, seed=1)
-    explain_difference(tars.behavior_reward(speech, text), [cos(*pair) for pair in zip(speech, text)], {
+    speech, text = random_(2, 3, 6), random_(2, 3, 6, seed=1)  # [B, G/2, D]
+    cosines = torch.tensor([[cos(*pair) for pair in zip(*question)] for question in zip(speech, text)])  # [B, G/2]
+    explain_difference(tars.behavior_reward(speech, text), cosines, {
         "a cosine divides by both lengths: yours is the dot product": (speech * text).sum(-1),
-        "the reward is high where answers mean the same: yours is a distance": [1 - cos(*pair) for pair in zip(speech, text)],
-        "each spoken answer has its own reference: yours are compared with one another's": [cos(a, b) for a, b in zip(speech, text.roll(1, 0))]}, "Eq. (6)")
-    correct = torch.tensor([[False, True, False, True], [False, False, False, False], [True, False, False, False]])
-    draws = torch.stack([tars.pick_references(correct, torch.Generator().manual_seed(i)) for i in range(200)])  # [200, 3, 4]
-    teach(draws.shape == (200, 3, 4), f"one reference for each spoken answer: [3, 4], yours {list(draws.shape[1:])}")
+        "the reward is high where answers mean the same: yours is a distance": 1 - cosines,
+        "each spoken answer has its own reference: yours are compared with one another's":
+            [[cos(a, b) for a, b in zip(*question)] for question in zip(speech, text.roll(1, 0))]}, "Eq. (6)")
+    teach(same(tars.behavior_reward(speech, 0 * text), torch.zeros(2, 3)), "without a reference the embedding is 0 and so is the cosine; yours is not, or NaN")
+    correct = torch.tensor([[True, False, True, True], [False, False, False, False], [True, False, False, False]])
+    draws = [tars.pick_references(correct, torch.Generator().manual_seed(i)) for i in range(300)]
+    teach(torch.is_tensor(draws[0]) and draws[0].dtype == torch.long, "references are indices: a tensor of type long")
+    teach(draws[0].shape == (3, 4), f"one reference for each spoken answer: [3, 4], yours {list(draws[0].shape)}")
+    draws = torch.stack(draws)  # [300, 3, 4]
     teach((draws[:, 1] == -1).all(), "a group without a correct written answer has no reference: -1")
     teach((draws[:, 0] >= 0).all() and (draws[:, 2] >= 0).all(), "a group with a correct written answer has references")
     teach((draws < 4).all(), "a reference is the index of a written answer within its group, 0 to G/2 - 1; yours counts over the batch")
@@ -3881,9 +3945,15 @@ def test_exercise_06_behavior_reward_and_pick_references():
     teach(own.all(), "a reference is a correct written answer of the same question: yours is a wrong one, or another question's")
     teach((draws[:, 0] != draws[:1, 0]).any(), "references are drawn at random: yours are always the same")
     teach((draws[:, 0, 0] != draws[:, 0, 1]).any(), "each spoken answer draws a reference of its own: yours share one")
-    teach(not (draws[:, 0, 0] != draws[:, 0, 1]).all(), "references are drawn at random: yours go through the correct ones in order")
-    again = tars.pick_references(correct, torch.Generator().manual_seed(7))
-    teach(torch.equal(again, draws[7]), "draw with `generator`, or a run cannot be repeated")
+    teach(not (draws[:, 0, 0] != draws[:, 0, 1]).all(), "each spoken answer draws from all correct ones: two may share one, and yours never do")
+    counts = torch.stack([(draws[:, 0] == r).sum(0) for r in (0, 2, 3)])  # [3, 4], of 300
+    teach(counts.min() > 0, "each spoken answer can draw each correct written answer, also the one at its own place: some of yours never come")
+    teach(counts.min() > 60 and counts.max() < 140, "each correct written answer is drawn equally often")
+    again = torch.stack([tars.pick_references(correct, torch.Generator().manual_seed(i)) for i in range(20)])
+    teach(torch.equal(again, draws[:20]), "draw with `generator`, or a run cannot be repeated")
+    generator, many = torch.Generator().manual_seed(0), correct.repeat(20, 1)
+    teach(not torch.equal(tars.pick_references(many, generator), tars.pick_references(many, generator)),
+          "draw with `generator` itself: yours starts anew at each call, and every step draws the same")
 
 
 @exercise
@@ -3893,26 +3963,38 @@ def test_exercise_07_total_reward_and_modality_recovery_rate():
         "alpha weighs R_rep and beta R_beh: you have them the other way round": [1.5 + 1.6 + 0.3],
         "alpha and beta are arguments: you add both rewards with weight 1": [2.9],
         "R_base is part of the reward": [1.6]}, "Eq. (2)")
-    explain_difference(tars.modality_recovery_rate(71.30, 77.70), 91.7632, {
-        "the rate is in percent": 0.917632, "speech accuracy over text accuracy: yours is upside down": 108.9762}, "Eq. (1)")
-    teach(math.isnan(tars.modality_recovery_rate(0.5, 0.0)), "a base model that gets nothing right in writing has no rate: NaN")
+    explain_difference(tars.total_reward(base, rep, beh), [2.9], {}, "Eq. (2) with the paper's alpha and beta, 1")
+    rates = [tars.modality_recovery_rate(*accuracies) for accuracies in ((71.30, 77.70), (79.80, 79.44), (0.5, 0.0))]
+    teach(all(isinstance(rate, float) for rate in rates), "the rate is a number, NaN where there is none")
+    explain_difference(rates[0], 91.763192, {
+        "the rate is in percent": 0.91763192, "speech accuracy over text accuracy: yours is upside down": 108.976157}, "Eq. (1)")
+    teach(abs(rates[0] - 91.763192) < 1e-5, "the rate is not rounded: that is for the table")
+    explain_difference(rates[1], 100.453172, {"a trained model can hear better than its base model reads: the rate may be above 100": 100.0}, "Eq. (1)")
+    teach(math.isnan(rates[2]), "a base model that gets nothing right in writing has no rate: NaN")
 
 
 @exercise
 def test_exercise_08_lora():
-    linear = torch.nn.Linear(3, 2, bias=False)
+    linear = torch.nn.Linear(3, 2)
     lora, x = LoRALinear(linear, rank=2, alpha=8), random_(5, 3).float()
-    explain_difference(lora(x), x @ linear.weight.T, {"W x is missing": torch.zeros(5, 2)}, "at first B is 0 and y = W x")
+    frozen = x @ linear.weight.T + linear.bias  # [5, out]
+    explain_difference(lora(x), frozen, {
+        "W x is missing": torch.zeros(5, 2),
+        "the frozen layer has a bias, as q, k and v of Qwen have: call it, or add it": frozen - linear.bias}, "at first B is 0 and y = W x")
     lora.lora_B.data = random_(2, 2, seed=1).float()
     update = x @ lora.lora_A.T @ lora.lora_B.T  # [5, out]
-    explain_difference(lora(x), x @ linear.weight.T + 4 * update, {
-        "W x is missing": 4 * update, "the update is scaled by alpha / r: yours is not": x @ linear.weight.T + update,
-        "the update is scaled by alpha / r: you multiply by alpha": x @ linear.weight.T + 8 * update,
-        "the update is missing": x @ linear.weight.T}, "LoRA")
+    explain_difference(lora(x), frozen + 4 * update, {
+        "W x is missing": 4 * update, "the update is scaled by alpha / r: yours is not": frozen + update,
+        "the update is scaled by alpha / r: you multiply by alpha": frozen + 8 * update,
+        "the update is scaled by alpha / r once: `scale` is that already": frozen + 2 * update,
+        "the update is scaled once: yours is twice": frozen + 16 * update,
+        "the update is missing": frozen}, "LoRA")
+    explain_difference(lora(x.repeat(2, 1, 1)), (frozen + 4 * update).repeat(2, 1, 1), {}, "x may have more axes, [..., in]")
+    teach(lora(x).requires_grad, "A and B are what is trained: no gradient reaches them")
     lora(x).sum().backward()
     teach(lora.lora_A.grad is not None and lora.lora_B.grad is not None, "A and B are what is trained: no gradient reaches them")
     with without_lora():
-        teach(same(lora(x), x @ linear.weight.T), "within without_lora() the layer is its frozen self: look at LoRALinear.enabled")
+        teach(same(lora(x), frozen), "within without_lora() the layer is its frozen self: look at LoRALinear.enabled")
     lora = LoRALinear(torch.nn.Linear(2, 1, bias=False).bfloat16(), rank=1, alpha=1)
     lora.linear.weight.data.zero_()
     lora.lora_A.data, lora.lora_B.data = torch.tensor([[1 + 2**-10, -1.0]]), torch.tensor([[1.0]])
@@ -3927,7 +4009,8 @@ def test_exercise_09_paired_rows():
     answered = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
     sees, positions, previous = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), answered)
     teach(sees.shape == (2, 1, 9, 9) and positions.shape == previous.shape == (2, 9), "mask [b, 1, T, T], position ids and previous tokens [b, T], T of the longest question")
-    sees = sees[0, 0].bool()
+    teach(sees.dtype == torch.bool, "the mask is of type bool, True where a token is seen: attention would add another type to the scores")
+    both, sees = sees[:, 0], sees[0, 0]  # [b, T, T], [T, T]
     teach(sees.diagonal().all(), "each token sees itself, padding too: a softmax over nothing is NaN")
     teach(not sees.triu(1).any(), "a token sees what stands before it: yours sees the future")
     teach(not sees[4, 2:4].any() and not sees[7, 6], "an answer does not see another answer to the same prompt")
@@ -3935,11 +4018,22 @@ def test_exercise_09_paired_rows():
     teach(sees[2:5, :2].all() and sees[6:8, 5].all(), "an answer sees the whole of its own prompt")
     teach(sees[1, 0] and sees[3, 2], "a token sees the tokens before it in its own prompt or answer")
     teach(not sees[8, :8].any(), "padding sees itself alone")
-    explain_difference(positions, [[0, 1, 2, 3, 2, 0, 1, 1, 0], [0, 1, 2, 1, 2, 0, 1, 2, 2]], {
-        "positions start again: those of an answer go on from its prompt's, and each prompt begins at 0": torch.arange(9).expand(2, 9)}, "position ids")
+    prompt, parts = (0, 0, 0, 3, 3, 3, 6), ((0, 0, 1, 1, 2, 3, 4, 5, 6), (0, 1, 1, 2, 2, 3, 3, 4, 5))  # of each part; of each token
+    wanted = [[[j <= i and part[j] in (part[i], prompt[part[i]]) for j in range(9)] for i in range(9)] for part in parts]
+    explain_difference(both.long(), torch.tensor(wanted).long(), {
+        "each question has lengths and so a mask of its own: yours uses the first one's for all": both[:1].long().expand(2, -1, -1)}, "who sees whom")
+    real = torch.tensor(parts) < 6  # [b, T]; where padding stands does not matter
+    explain_difference(positions * real, [[0, 1, 2, 3, 2, 0, 1, 1, 0], [0, 1, 2, 1, 2, 0, 1, 2, 2]], {
+        "positions start again: those of an answer go on from its prompt's, and each prompt begins at 0": torch.arange(9).expand(2, 9) * real,
+        "an answer goes on from the positions of its prompt: yours start at 0": [[0, 1, 0, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1, 0, 0]],
+        "each answer goes on from its prompt, and not from the answer beside it": [[0, 1, 2, 3, 4, 0, 1, 2, 0], [0, 1, 2, 3, 4, 0, 1, 2, 3]],
+        "the written prompt starts at 0, as if the spoken one were not there": [[0, 1, 2, 3, 2, 2, 3, 3, 0], [0, 1, 2, 1, 2, 1, 2, 3, 3]]}, "position ids")
     explain_difference(previous, [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]], {
         "the first token of each answer is predicted by the prompt's last token, not by what stands beside it":
-            [[-1, -1, 1, 2, 3, -1, 5, 6, -1], [-1, 0, 1, 2, 3, -1, -1, 6, 7]]}, "the token that predicts each token")
+            [[-1, -1, 1, 2, 3, -1, 5, 6, -1], [-1, 0, 1, 2, 3, -1, -1, 6, 7]],
+        "a token is predicted by the one before it, not by itself": [[-1, -1, 2, 3, 4, -1, 6, 7, -1], [-1, 1, 2, 3, 4, -1, -1, 7, 8]],
+        "only an answer's tokens are predicted: -1 at the prompts'": [[-1, 0, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, 5, 6, 6]]},
+        "the index of the token that predicts each token")
 
 
 @exercise
@@ -3947,49 +4041,112 @@ def test_exercise_10_train_step(questions, monkeypatch):
     lm = SpeechLM(Qwen25Omni, *tiny_qwen())
     perturb(lm)
     parameters, answers, cut = [p for p in lm.decoder.parameters() if p.requires_grad], four_answers(lm), torch.zeros(4, 2, 2, dtype=torch.bool)
-    cut[1, 0, 1] = True
-    drawn, generator = [], torch.Generator().manual_seed(0)
-    monkeypatch.setattr(lm, "rollout", lambda *args: (*answers, cut))
-    monkeypatch.setattr(tars, "pick_references", lambda *args: drawn.append(pick_references(*args)) or drawn[-1])
+    for tensor in answers:  # the right written answer is the second, the first, the second, the first
+        tensor[[1, 3], 1] = tensor[[1, 3], 1].flip(1)
+    cut[0, 0, 1] = True
+    begin, drawn, given, generator = [p.detach().clone() for p in parameters], [], {}, torch.Generator().manual_seed(0)
 
-    def step(**settings):
-        for p in parameters:
+    def rollout(*args, **kwargs):
+        given["rollout"] = inspect.signature(SpeechLM.rollout).bind(lm, *args, **kwargs).arguments
+        return [*answers, cut]
+
+    def pick(*args, **kwargs):
+        given["pick"] = inspect.signature(pick_references).bind(*args, **kwargs).arguments
+        drawn.append(pick_references(*args, **kwargs))
+        return drawn[-1]
+
+    def step(with_kl=False, lr=0.0, **settings):
+        """train_step's numbers, its group, and the gradient of each update; with rate 0 the weights stay as they are."""
+        drawn.clear()
+        for p, x in zip(parameters, begin):
             p.grad = None
-        optimizer = Recorder(parameters, lr=0.0)  # nothing changes: a second update must find the same gradient
-        cfg = Config(**{"group_size": 4, "max_grad_norm": 1e9} | settings)
-        result = tars.train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, generator)
-        return *result, [torch.cat([g.flatten() for g in gradient]) for gradient in optimizer.gradients]
+            p.data.copy_(x)
+        optimizer = Recorder(parameters, lr)
+        cfg = Config(**{"group_size": 4, "max_new_tokens": 40, "max_grad_norm": 1e9} | settings)
+        result = tars.train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, generator, with_kl)
+        teach(isinstance(result, tuple) and len(result) == 2, "train_step returns two things: the numbers to log, and first_group(...)")
+        metrics, group = result
+        names = {f"{name}_{m}" for name in ("acc", "fmt", "reward", "length") for m in tars.MODALITIES} | {"rep_speech", "beh_speech"}
+        names |= {"loss", "grad_norm", "skipped", "padding", *(["kl"] if with_kl else [])}
+        teach(names <= metrics.keys(), f"the numbers to log lack {', '.join(sorted(names - metrics.keys()))}")
+        return metrics, group, [torch.cat([g.flatten() for g in gradient]) for gradient in optimizer.gradients]
 
-    def wanted(cut=cut, **settings):
-        gradient = straightforward_step(lm, questions, answers, cut, drawn[0], Config(**settings), parameters)
-        return torch.cat([g.flatten() for g in gradient])
+    def wanted(cut=cut, old=None, **settings):
+        gradient, terms = straightforward_step(lm, questions, answers, cut, drawn[0], Config(**settings), parameters, old)
+        return torch.cat([g.flatten() for g in gradient]), terms
 
-    metrics, group, gradients = step()
-    teach(len(drawn) == 1, f"stage 3 draws the references of the whole step once: you call pick_references {len(drawn)} times")
-    teach(len(gradients) == 1, f"there is one update of the optimizer a roll-out: yours has {len(gradients)}")
-    teach(gradients[0].any(), "the gradient is 0: the old log-probs are those of the first forward, detached; else the ratio's own gradient cancels")
-    explain_difference(gradients[0], wanted(), {
-        "advantages are centred within each modality; yours over both together": lambda: wanted(joint_norm=True),
-        "R_rep is missing in the reward: Eq. (5) is computed between forward and backward pass": lambda: wanted(alpha=0.0),
-        "R_beh is missing in the reward": lambda: wanted(beta=0.0),
-        "a cut answer must not be learnt from: its tokens weigh 0": lambda: wanted(cut=torch.zeros_like(cut)),
-        "the gradient has the other sign: `loss.backward()`, and the optimizer descends": lambda: -wanted()}, "the gradient")
-    *_, (in_parts,) = step(tokens_per_micro_batch=1)
-    explain_difference(in_parts, gradients[0], {}, "the loss is divided by the tokens of the whole step, and yours by those of each micro-batch: the gradient")
+    def compare(condition="", **settings):
+        """One step against the straightforward one, stage by stage. Returns its gradient and terms."""
+        metrics, group, gradients = step(**settings)
+        call = given["rollout"]
+        teach(call["samples"] == 2, f"stage 2: each prompt is answered G/2 times, here 2; yours {call['samples']}")
+        teach((call["max_new_tokens"], call["temperature"], call.get("generator")) == (40, settings.get("temperature", 1.0), generator),
+              "stage 2: the roll-out takes max_new_tokens, temperature and the generator")
+        teach(len(drawn) == 1, f"stage 3 draws the references of the whole step once: you call pick_references {len(drawn)} times")
+        teach(given["pick"].get("generator") is generator, "stage 3: the references are drawn with the generator, or a run cannot be repeated")
+        explain_difference(drawn[0], [[1, 1], [0, 0], [1, 1], [0, 0]], {}, "stage 3: references are correct written answers, those of TEXT with R_acc 1; the drawn index")
+        cfg, (gradient, terms) = Config(**settings), wanted(**settings)
+        teach(group and group.get("key") == questions[0]["key"], "return the first question's group too: first_group(questions[0], ...)")
+        base, rep, beh, reward = (terms[name] for name in ("base", "rep", "beh", "reward"))
+        both = reward - reward.mean((1, 2), keepdim=True)  # [B, M, 2]
+        known = {
+            "base": {"R_fmt is missing in R_base": terms["acc"]},
+            "reward": {"R_rep is missing in the reward: Eq. (5) is computed between forward and backward pass": base + cfg.beta * beh,
+                       "R_beh is missing in the reward": base + cfg.alpha * rep, "R_rep and R_beh are missing in the reward": base,
+                       "alpha weighs R_rep and beta R_beh: you have them the other way round": base + cfg.beta * rep + cfg.alpha * beh},
+            "advantage": {"advantages are centred within each modality; yours over both together": both,
+                          "with joint_norm there is one mean over both modalities": reward - reward.mean(-1, keepdim=True),
+                          "advantages are not divided by a standard deviation": terms["advantage"] / reward.std(-1, keepdim=True),
+                          "advantages come from the whole reward of Eq. (2)": base - base.mean(-1, keepdim=True)}}
+        for name, stage in (("acc", 3), ("fmt", 3), ("base", 3), ("beh", 3), ("rep", 5), ("reward", 5), ("advantage", 6)):
+            shown = [[answer.get(name, math.nan) for answer in group[m]] for m in tars.MODALITIES]
+            explain_difference(shown, terms[name][0], {sentence: value[0] for sentence, value in known.get(name, {}).items()},
+                               f"stage {stage}{condition}: {name} of the first question's answers, [speech, text],")
+            logged = [m for m in tars.MODALITIES if f"{name}_{m}" in metrics]
+            explain_difference([metrics[f"{name}_{m}"] for m in logged], terms[name].mean((0, 2))[: len(logged)], {},
+                               f"stage {stage}{condition}: mean of {name} over all questions, [speech, text],")
+        teach(len(gradients) == 1, f"there is one update of the optimizer a roll-out, after all micro-batches: yours has {len(gradients)}")
+        teach(gradients[0].any(), "the gradient is 0: call backward(), and detach the old log-probs: else the ratio's own gradient cancels")
+        explain_difference(gradients[0], gradient, {
+            "a cut answer must not be learnt from: its tokens weigh 0": lambda: wanted(cut=torch.zeros_like(cut), **settings)[0],
+            "the gradient has the other sign: `loss.backward()`, and the optimizer descends": -gradient,
+            "log-probs are those of the temperature of the roll-out: yours are of temperature 1":
+                lambda: wanted(**settings | {"temperature": 1.0})[0]}, f"stage 7{condition}: rewards and advantages are right, the gradient is not,")
+        return metrics, gradient, terms
+
+    monkeypatch.setattr(lm, "rollout", rollout)
+    monkeypatch.setattr(tars, "pick_references", pick)
+    metrics, gradient, old = compare()
+    in_parts, _, gradients = step(tokens_per_micro_batch=1)
+    teach(len(gradients) == 1, f"there is one update of the optimizer a roll-out, after all micro-batches: yours has {len(gradients)}")
+    explain_difference([in_parts[f"{name}_speech"] for name in ("rep", "beh", "reward")], [metrics[f"{name}_speech"] for name in ("rep", "beh", "reward")], {},
+                       "with a question a micro-batch the rewards [R_rep, R_beh, R] change")
+    explain_difference(gradients[0], gradient, {}, "the loss is divided by the tokens of the whole step, and yours by those of each micro-batch, or their gradients do not add up: the gradient")
+    explain_difference(in_parts["loss"], metrics["loss"], {}, "the loss to log is the sum over the micro-batches: with one question in each it")
+    compare(" with other settings than the paper's", alpha=0.7, beta=1.9, lam=0.3, layers="2-3", joint_norm=True, temperature=0.7)
     *_, gradients = step(updates_per_rollout=2)
     teach(len(gradients) == 2, f"with updates_per_rollout 2 there are two updates of the optimizer: yours has {len(gradients)}")
-    teach(not same(gradients[1], 2 * gradients[0]), "the second update's gradient has the first's in it: optimizer.zero_grad() after each update")
-    explain_difference(gradients[1], gradients[0], {}, "the gradient of the second update, where the first changed nothing")
-    names = {f"{name}_{m}" for name in ("acc", "fmt", "reward", "length") for m in tars.MODALITIES}
-    names |= {"rep_speech", "beh_speech", "loss", "grad_norm", "skipped", "padding"}
-    teach(names <= metrics.keys(), f"the numbers to log lack {', '.join(sorted(names - metrics.keys()))}")
-    teach(same(metrics["reward_text"], metrics["acc_text"] + 0.5 * metrics["fmt_text"]), "written answers earn R_base alone")
-    teach(group and "speech" in group, "return the first group too: first_group(...)")
-    *_, (clipped,) = step(max_grad_norm=1e-3)
+    explain_difference(gradients[0], gradient, {}, "with two updates the first is as it is with one: the gradient")
+    teach(not same(gradients[1], 2 * gradient), "the second update's gradient has the first's in it: optimizer.zero_grad() after each update")
+    explain_difference(gradients[1], gradient, {}, "the gradient of the second update, where the first changed nothing")
+    lr, eps = 0.05 / gradient.abs().max().item(), {"eps_low": 0.02, "eps_high": 0.05}
+    *_, gradients = step(lr=lr, updates_per_rollout=2, **eps)
+    with torch.no_grad():
+        for p, x, g in zip(parameters, begin, gradient.split([p.numel() for p in parameters])):
+            p.copy_(x - lr * g.view_as(p))  # the weights after the first update
+    gradient, now = wanted(old=old, **eps)
+    explain_difference(gradients[1], gradient, {
+        "the old log-probs are those of the first forward, before any update: you renew them": lambda: wanted(old={**old, "logps": now["logps"]}, **eps)[0],
+        "rewards and advantages are those of the roll-out: you compute them anew at each update": lambda: wanted(old={**now, "logps": old["logps"]}, **eps)[0],
+        "eps_low and eps_high are settings: yours are always 0.2 and 0.28": lambda: wanted(old=old)[0],
+        "eps_low and eps_high: you have them the other way round": lambda: wanted(old=old, eps_low=0.05, eps_high=0.02)[0]}, "the gradient of the second update")
+    metrics, *_, (clipped,) = step(with_kl=True, max_grad_norm=1e-3)
     teach(same(clipped.norm() * 1e3, 1.0), "stage 8 clips the gradient's norm to max_grad_norm before the update")
-    monkeypatch.setattr(tars, "grpo_loss", lambda logps, *rest: logps.sum() * math.nan)
-    metrics, _, gradients = step()
-    teach(not gradients and metrics["skipped"] == 1, "there is no update where the loss is not finite; skipped is 1 then")
+    for what, loss in (("loss", lambda logps: logps.sum() * math.nan), ("gradient's norm", lambda logps: (logps.sum() * 0).sqrt())):
+        monkeypatch.setattr(tars, "grpo_loss", lambda *args, loss=loss, **kwargs: loss(args[0] if args else kwargs["per_token_logps"]))
+        metrics, _, gradients = step()
+        teach(not gradients and metrics["skipped"] == 1, f"there is no update where the {what} is not finite; skipped is 1 then")
+        teach(all(p.grad is None or not p.grad.any() for p in parameters), "optimizer.zero_grad() also where the update is left out")
 
 
 # The paper's Table 2 has two baselines that learn from answers sampled before training. Both learn under the spoken prompt.
@@ -4004,12 +4161,13 @@ def dpo_loss(chosen, rejected, base_chosen, base_rejected, beta=0.1):
     """DPO: log-probs of whole answers under the model and under the base model, each [N] -> scalar.
     loss = - mean_i log sigmoid(beta (log pi(y_w) - log pi_base(y_w) - log pi(y_l) + log pi_base(y_l)))
     """
-    return -torch.nn.functional.logsigmoid(beta * (chosen - base_chosen - rejected + base_rejected)).mean()
+    return -F.logsigmoid(beta * (chosen - base_chosen - rejected + base_rejected)).mean()
 
 
 def offline_answers(lm, questions, cfg, generator):
     """For each question [ids of a correct written answer, ids of a wrong spoken one], sampled until there are both, at
-    most 100 times each; None for a question that has not both.
+    most 100 times each; None for a question that has not both. Ids [C] end with the end-of-turn; roll-outs as in
+    train_step, with cfg's questions_per_step, max_new_tokens and temperature.
     """
     found = [[None, None] for _ in questions]
     for _ in range(100 // 4):
@@ -4055,21 +4213,44 @@ def baseline_case():
 
 @exercise
 def test_exercise_11_sft(questions, monkeypatch):
-    logps, mask = torch.tensor([[-1.0, -2.0], [-6.0, -9.0]]), torch.tensor([[1, 1], [1, 0]])
+    logps, mask = torch.tensor([[-1.0, -2.0], [-6.0, -10.0]]), torch.tensor([[1, 1], [1, 0]])
     explain_difference(sft_loss(logps, mask), 3.0, {  # (1 + 2 + 6) / 3
         "the likelihood is to rise: the loss is minus the log-likelihood": -3.0,
-        "padding is counted": 4.5, "padding is counted in the number of tokens": 2.25, "the loss is a mean, yours a sum": 9.0,
+        "padding is counted": 4.75, "divide by the number of tokens: yours by that of answers": 4.5, "padding is counted in the number of tokens": 2.25, "the loss is a mean, yours a sum": 9.0,
         "the loss is one mean over all tokens, yours a mean of the answers' means": 3.75}, "sft_loss")
     lm, chosen, rejected = baseline_case()
     ids, mask = four_answers(lm)
     for x in (ids, mask):  # the right spoken answer loses its first token: it is right, but not the written one
         x[:, 0, 0] = x[:, 0, 0].roll(-1, -1) * (torch.arange(x.shape[-1]) < x.shape[-1] - 1)
-    monkeypatch.setattr(lm, "rollout", lambda *args: (ids[:2], mask[:2], torch.zeros(2, 2, 2, dtype=torch.bool)))
-    found = offline_answers(lm, questions[:2], Config(questions_per_step=2), torch.Generator())
+    for x in (ids, mask):
+        x[3] = x[1]  # the first four answers to the second question: nothing to learn from
+        x[3, 0], x[3, 1] = x[1, 1, 1], x[1, 1, 0]
+        x[2, 0] = x[2, 1, 1]  # the third question is never answered wrongly from speech
+    sampled, cfg, generator = {}, Config(questions_per_step=2, temperature=0.7, max_new_tokens=40), torch.Generator()
+
+    def sample(q, m):
+        """The next answer to a prompt: ids [C] and mask [C]."""
+        n = sampled[q, m] = sampled.get((q, m), 0) + 1
+        teach(n <= 200, "stop after 100 answers to a prompt: some questions are never answered rightly, or never wrongly")
+        return torch.stack([x[3 if q == 1 and n <= 4 else q, m, n % 2] for x in (ids, mask)])
+
+    def rollout(*args, **kwargs):
+        call = inspect.signature(SpeechLM.rollout).bind(lm, *args, **kwargs).arguments
+        teach((call["max_new_tokens"], call["temperature"], call.get("generator")) == (40, 0.7, generator),
+              "sample with cfg's max_new_tokens and temperature, and with the generator")
+        answers = torch.stack([torch.stack([torch.stack([sample(*prompt) for _ in range(call["samples"])]) for prompt in question])
+                               for question in call["prompts"]])  # [b, M, samples, 2, C]
+        return [*answers.unbind(-2), torch.zeros(answers.shape[:3], dtype=torch.bool)]
+
+    keys = [question["key"] for question in questions]
+    monkeypatch.setattr(lm, "embed", lambda asked: [[(keys.index(question["key"]), m) for m in (0, 1)] for question in asked])
+    monkeypatch.setattr(lm, "rollout", rollout)
+    found = offline_answers(lm, questions[:3], cfg, generator)
     for pair, good, bad in zip(found, chosen, rejected):
         teach(pair is not None and len(pair) == 2, "offline_answers: both questions have a correct written and a wrong spoken answer")
         explain_difference(pair[0], good, {}, "chosen is a correct answer to the written question")
         explain_difference(pair[1], bad, {}, "rejected is a wrong answer to the spoken question")
+    teach(len(found) == 3 and found[2] is None, "a question that has not both answers after 100 tries is None")
     given = offline_loss("sft", lm, questions[:2], list(zip(chosen, rejected)))
     rows = {spoken: [plain_logps(lm, q, spoken, answer.tolist()) for q, answer in zip(questions, chosen)] for spoken in (True, False)}
     wrong = [plain_logps(lm, q, True, answer.tolist()) for q, answer in zip(questions, rejected)]
@@ -4089,16 +4270,25 @@ def test_exercise_12_dpo(questions):
         "beta is missing": math.log(1 + math.exp(-7.0))}, "dpo_loss")
     explain_difference(dpo_loss(*values, beta=0.2), math.log(1 + math.exp(-1.4)), {"beta is an argument": math.log(1 + math.exp(-0.7))}, "dpo_loss")
     lm, chosen, rejected = baseline_case()
-    given = offline_loss("dpo", lm, questions[:2], list(zip(chosen, rejected)))
+    pairs = list(zip(chosen, rejected))
+    given = offline_loss("dpo", lm, questions[:2], pairs)
 
-    def log_probs(answers):
-        return torch.stack([plain_logps(lm, q, True, answer.tolist()).sum() for q, answer in zip(questions, answers)])
+    def wanted(spoken=True, whole=torch.sum, beta=0.1):
+        """The loss, from whole answers' log-probs under the spoken or the written prompt."""
+        def margins():
+            return torch.stack([whole(plain_logps(lm, q, spoken, good.tolist())) - whole(plain_logps(lm, q, spoken, bad.tolist()))
+                                for q, (good, bad) in zip(questions, pairs)])
 
-    margin = log_probs(chosen) - log_probs(rejected)
-    with without_lora():
-        margin = margin - log_probs(chosen) + log_probs(rejected)
-    explain_difference(given, sum(math.log(1 + math.exp(-0.1 * m)) for m in margin.tolist()) / 2, {
-        "the base model is the model without LoRA: yours has it, and the loss is log 2 whatever is learnt": math.log(2)}, "offline_loss of DPO")
+        margin = margins()
+        with without_lora():
+            margin = margin - margins()
+        return sum(math.log(1 + math.exp(-beta * m)) for m in margin.tolist()) / 2
+
+    explain_difference(given, wanted(), {
+        "the base model is the model without LoRA: yours has it, and the loss is log 2 whatever is learnt": math.log(2),
+        "answers are learnt under the spoken prompt; yours under the written one": lambda: wanted(spoken=False),
+        "the log-prob of an answer is the sum over its tokens; yours is their mean": lambda: wanted(whole=torch.mean)}, "offline_loss of DPO")
+    explain_difference(offline_loss("dpo", lm, questions[:2], pairs, beta=0.3), wanted(beta=0.3), {"beta is an argument": given}, "offline_loss with beta 0.3")
     given.backward()
     teach(any(p.grad is not None and p.grad.any() for p in lm.decoder.parameters()), "no gradient reaches LoRA's weights")
 
@@ -4144,6 +4334,10 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("01", "format_reward", "fullmatch", "search", "text before it"),
     ("01", "format_reward", "completion.strip()", "completion", "white space around"),
     ("01", "format_reward", "1.0 if", "True if", "another type"),
+    ("01", "base_reward", "return acc + lam * fmt", "acc += lam * fmt; return acc", "changes an argument in place"),
+    ("01", "format_reward", "ANSWER_FORMAT.fullmatch(completion.strip())", "completion.strip().startswith('<think>') and completion.strip().endswith('</answer>') and re.search('The answer is [ABCD][.:,]', completion)", "the thought ends before"),
+    ("01", "format_reward", "ANSWER_FORMAT.fullmatch(completion.strip())", "re.fullmatch(r'<think>.*</think>\\s*<answer>.*The answer is [ABCD].*</answer>', completion.strip(), re.S)", "follows the letter"),
+    ("01", "format_reward", "ANSWER_FORMAT.fullmatch(completion.strip())", "re.fullmatch(ANSWER_FORMAT.pattern, completion.strip(), re.S | re.I)", "capitals too"),
     ("02", "modality_advantages", "else -1", "else (-2, -1)", "that is --joint-norm"),
     ("02", "modality_advantages", "else -1", "else 0", "the first axis"),
     ("02", "modality_advantages", "else -1", "else 1", "the middle one"),
@@ -4151,6 +4345,9 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("02", "modality_advantages", "return rewards - ", "return rewards / rewards.std(-1, keepdim=True) - 1 / rewards.std(-1, keepdim=True) * ", "standard deviation"),
     ("02", "modality_advantages", "return rewards - ", "return -rewards + ", "your sign"),
     ("02", "modality_advantages", "(-2, -1) if joint else -1", "-1", "with joint=True"),
+    ("02", "modality_advantages", "(-2, -1) if joint else -1", "-2 if joint else -1", "with joint=True"),
+    ("02", "modality_advantages", "return rewards - rewards.mean((-2, -1) if joint else -1, keepdim=True)", "rewards -= rewards.mean((-2, -1) if joint else -1, keepdim=True); return rewards", "in place"),
+    ("02", "modality_advantages", "return rewards - ", "return rewards.shape[-1] / (rewards.shape[-1] - 1) * rewards - rewards.shape[-1] / (rewards.shape[-1] - 1) * ", "leaves out the answer itself"),
     ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask", "yours does"),
     ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask * truncated[..., None]", "you keep those"),
     ("03", "token_weights", "sum_over_ranks(learnt.sum())", "sum_over_ranks(completion_mask.sum())", "not counted either"),
@@ -4165,6 +4362,12 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("03", "grpo_loss", "torch.min(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)", "rho.clamp(1 - eps_low, 1 + eps_high) * A", "the smaller counts"),
     ("03", "grpo_loss", "1 + eps_high", "1 + eps_low", "eps_low on both sides"),
     ("03", "grpo_loss", "1 - eps_low", "1 - eps_high", "eps_high on both sides"),
+    ("03", "token_weights", "completion_mask if truncated is None else", "completion_mask if truncated is None or n_tokens else", "where n_tokens is given, too"),
+    ("03", "token_weights", "return learnt / max(n_tokens, 1)", "return learnt / completion_mask.sum(-1, keepdim=True).clamp(min=1)", "each answer's own tokens"),
+    ("03", "grpo_loss", "rho.clamp(1 - eps_low, 1 + eps_high)", "rho.clamp(0.8, 1.28)", "whatever they are"),
+    ("03", "grpo_loss", "rho.clamp(1 - eps_low, 1 + eps_high)", "rho.clamp(eps_low, eps_high)", "yours to eps_low and eps_high"),
+    ("03", "grpo_loss", "A = advantages[..., None]", "A = advantages[..., None]; rho = rho.clamp(max=3)", "ratio 9, advantage -1"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(weights * surrogate).sum().detach()", "no gradient reaches the log-probs"),
     ("03", "grpo_loss", "-(weights * surrogate).sum()", "-surrogate.mean()", "padding is counted in the mean"),
     ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(surrogate * completion_mask).mean()", "counted in the number of tokens"),
     ("03", "grpo_loss", "-(weights * surrogate).sum()", "-((surrogate * completion_mask).sum(-1) / completion_mask.sum(-1)).mean()", "mean of the answers' means"),
@@ -4173,11 +4376,21 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("04", "pool_hidden_states", "mask.sum(-2).clamp(min=1)", "hidden.shape[-2]", "counted in the number of positions"),
     ("04", "pool_hidden_states", " / mask.sum(-2).clamp(min=1)", "", "divide the sum"),
     ("04", "pool_hidden_states", ".clamp(min=1)", "", "not NaN"),
+    ("04", "pool_hidden_states", "mask.sum(-2).clamp(min=1)", "mask.sum(-2).max().clamp(min=1)", "that of the longest"),
+    ("04", "pool_hidden_states", "mask.sum(-2).clamp(min=1)", "mask.sum(-2).mean().clamp(min=1)", "the mean length"),
+    ("04", "pool_hidden_states", "mask = completion_mask.unsqueeze(-1)", "mask = completion_mask.flatten(0, -2)[0].expand_as(completion_mask).unsqueeze(-1)", "the first one's for all"),
+    ("04", "pool_hidden_states", "mask = completion_mask.unsqueeze(-1)", "mask = (completion_mask * completion_mask.roll(-1, -1)).unsqueeze(-1)", "leaves out the last"),
+    ("04", "pool_hidden_states", "mask = completion_mask.unsqueeze(-1)", "mask = completion_mask.roll(-1, -1).unsqueeze(-1)", "which predict it"),
     ("05", "representation_reward", "cosines.mean(-1)", "cosines.sum(-1)", "their sum"),
     ("05", "representation_reward", "cosines = F.cosine_similarity(speech, text, dim=-1)", "cosines = (speech * text).sum(-1)", "the dot product"),
     ("05", "representation_reward", "F.cosine_similarity(speech, text, dim=-1)", "F.cosine_similarity(speech.flatten(-2), text.flatten(-2), dim=-1)[..., None]", "layers' states joined"),
     ("05", "representation_reward", "F.cosine_similarity(speech, text, dim=-1)", "F.cosine_similarity(speech.mean(-2), text.mean(-2), dim=-1)[..., None]", "the mean state"),
     ("05", "representation_reward", " if weights is None else cosines @ weights", "", "`weights`, where they are given"),
+    ("05", "representation_reward", "cosines @ weights", "cosines[..., weights > 0].mean(-1)", "not only whether"),
+    ("05", "representation_reward", "cosines @ weights", "(cosines * weights).mean(-1)", "the mean already"),
+    ("05", "representation_reward", "cosines.mean(-1)", "cosines[..., 1:].mean(-1)", "leaves out the first"),
+    ("05", "representation_reward", "cosines.mean(-1)", "cosines[..., -1]", "takes the last alone"),
+    ("05", "representation_reward", "cosines.mean(-1)", "cosines.clamp(min=0).mean(-1)", "stays below 0"),
     ("06", "behavior_reward", "F.cosine_similarity(speech, text, dim=-1)", "(speech * text).sum(-1)", "the dot product"),
     ("06", "behavior_reward", "F.cosine_similarity(speech, text, dim=-1)", "F.cosine_similarity(speech, text.roll(1, 0), dim=-1)", "one another's"),
     ("06", "pick_references", "return drawn.masked_fill(none, -1)", "return drawn", "no reference: -1"),
@@ -4185,18 +4398,37 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("06", "pick_references", "torch.multinomial(chances, text_correct.shape[-1], replacement=True, generator=generator)", "chances.argmax(-1, keepdim=True).expand_as(chances)", "always the same"),
     ("06", "pick_references", "torch.multinomial(chances, text_correct.shape[-1], replacement=True, generator=generator)", "torch.multinomial(chances, 1, generator=generator).expand_as(chances)", "yours share one"),
     ("06", "pick_references", ", generator=generator)", ")", "draw with `generator`"),
+    ("06", "behavior_reward", "F.cosine_similarity(speech, text, dim=-1)", "(speech * text).sum(-1) / (speech.norm(dim=-1) * text.norm(dim=-1))", "or NaN"),
+    ("06", "pick_references", "return drawn.masked_fill(none, -1)", "return drawn.masked_fill(none, -1).int()", "type long"),
+    ("06", "pick_references", "generator=generator)", "generator=torch.Generator().manual_seed(generator.initial_seed()))", "starts anew"),
+    ("06", "pick_references", "replacement=True, generator=generator)", "replacement=True, generator=generator); own = torch.arange(drawn.shape[-1]); drawn = torch.where(drawn == own, text_correct.float().argmax(-1, keepdim=True), drawn)", "some of yours never come"),
+    ("06", "pick_references", "chances = text_correct.float() + none.float()", "chances = text_correct * torch.tensor([9.0, 1.0, 1.0, 1.0]) + none.float()", "equally often"),
     ("07", "total_reward", "alpha * rep + beta * beh", "beta * rep + alpha * beh", "the other way round"),
     ("07", "total_reward", "alpha * rep + beta * beh", "rep + beh", "with weight 1"),
     ("07", "modality_recovery_rate", "100 * ", "", "in percent"),
     ("07", "modality_recovery_rate", "speech_accuracy / base_text_accuracy", "base_text_accuracy / speech_accuracy", "upside down"),
+    ("07", "modality_recovery_rate", "return 100 * speech_accuracy / base_text_accuracy", "return min(100.0, 100 * speech_accuracy / base_text_accuracy)", "above 100"),
+    ("07", "modality_recovery_rate", "return 100 * speech_accuracy / base_text_accuracy", "return round(100 * speech_accuracy / base_text_accuracy, 2)", "not rounded"),
+    ("07", "modality_recovery_rate", "math.nan", "None", "NaN where there is none"),
     ("08", "LoRALinear.forward", "self.linear(x) + delta.to(x.dtype)", "delta.to(x.dtype)", "W x is missing"),
     ("08", "LoRALinear.forward", "self.scale * self.lora_B", "self.lora_B", "yours is not"),
     ("08", "LoRALinear.forward", "not LoRALinear.enabled", "False", "frozen self"),
+    ("08", "LoRALinear.forward", "return self.linear(x) + delta", "return x @ self.linear.weight.T + delta", "has a bias"),
+    ("08", "LoRALinear.forward", "self.scale * self.lora_B", "self.scale**2 * self.lora_B", "yours is twice"),
+    ("08", "LoRALinear.forward", "delta = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)",
+     "delta = (self.scale * self.lora_B @ self.lora_A @ x.to(self.lora_A.dtype).T).T", "RuntimeError"),
+    ("08", "LoRALinear.forward", "delta.to(x.dtype)", "delta.detach().to(x.dtype)", "no gradient reaches them"),
     ("08", "LoRALinear.forward", "x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)",
      "x, self.lora_A.to(x.dtype)), (self.scale * self.lora_B).to(x.dtype))", "in float32"),
     ("08", "LoRALinear.forward", "delta.to(x.dtype)", "delta", "the result is bfloat16"),
     ("09", "paired_rows", "(prompt[:, :, None] == part[:, None])", "(prompt[:, :, None] == prompt[:, None])", "another answer to the same prompt"),
     ("09", "paired_rows", "own.tril()", "own", "sees the future"),
+    ("09", "paired_rows", "own.tril()[:, None]", "own.tril()[:1, None].expand(b, -1, -1, -1)", "the first one's for all"),
+    ("09", "paired_rows", "own.tril()[:, None]", "own.tril()[:, None].float()", "of type bool"),
+    ("09", "paired_rows", "index - begin + is_answer * (answers - first)", "index - begin", "yours start at 0"),
+    ("09", "paired_rows", "index - begin + is_answer * (answers - first)", "index - first", "the answer beside it"),
+    ("09", "paired_rows", "torch.where(index == begin, answers, index) - 1", "torch.where(index == begin, answers - 1, index)", "the index of the token that predicts"),
+    ("09", "paired_rows", "~is_answer, -1", "~is_answer & (index == begin), -1", "-1 at the prompts'"),
     ("09", "paired_rows", "own.tril()", "torch.ones_like(own).tril()", "another answer to the same prompt"),
     ("09", "paired_rows", " | (prompt[:, :, None] == part[:, None])", "", "the whole of its own prompt"),
     ("09", "paired_rows", "index - begin + is_answer * (answers - first)", "index", "positions start again"),
@@ -4212,8 +4444,41 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("10", "train_step", "clip_grad_norm_(parameters, cfg.max_grad_norm)", "clip_grad_norm_(parameters, 1e9)", "clips the gradient"),
     ("10", "train_step", "if finite:", "if True:", "no update where the loss"),
     ("10", "train_step", "optimizer.step()", "pass", "yours has 0"),
+    ("10", "train_step", "acc[:, TEXT] == 1, generator", "acc[:, 0] == 1, generator", "correct written answers"),
+    ("10", "train_step", "acc[:, TEXT] == 1, generator", "base[:, TEXT] > 0, generator", "correct written answers"),
+    ("10", "train_step", "acc[:, TEXT] == 1, generator", "acc[:, TEXT] == 1", "drawn with the generator"),
+    ("10", "train_step", "cfg.group_size // len(MODALITIES)", "cfg.group_size", "answered G/2 times"),
+    ("10", "train_step", "cfg.temperature, generator)", "1.0, generator)", "the roll-out takes"),
+    ("10", "train_step", "ids, mask, cfg.temperature, pool", "ids, mask, 1.0, pool", "of the temperature"),
+    ("10", "train_step", "base_reward(acc, fmt, cfg.lam)", "base_reward(acc, fmt)", "base of the first question's"),
+    ("10", "train_step", "base_reward(acc, fmt, cfg.lam)", "1 * acc", "R_fmt is missing"),
+    ("10", "train_step", "cfg.alpha, cfg.beta)", "cfg.beta, cfg.alpha)", "the other way round"),
+    ("10", "train_step", "cfg.alpha, cfg.beta)", ")", "reward of the first question's"),
+    ("10", "train_step", "y_star, layer_w)", "y_star)", "rep of the first question's"),
+    ("10", "train_step", "reference_features(states, references[batch])", "reference_features(states, references[: len(batch)])", "mean of rep over all questions"),
+    ("10", "train_step", "sentences, reference_features(sentences, references)", "sentences, reference_features(sentences, references).roll(1, 0)", "beh of the first question's"),
+    ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(rewards[batch])", "one mean over both modalities"),
+    ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(base[batch], cfg.joint_norm)", "whole reward"),
+    ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(rewards[batch], cfg.joint_norm) / rewards[batch].std(-1, keepdim=True)", "standard deviation"),
+    ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(rewards[batch] * ~truncated[batch], cfg.joint_norm)", "advantage of the first question's"),
+    ("10", "train_step", "            # 7. Loss of these questions, and its gradient.\n", "            old_logps[batch] = logps.detach()\n", "you renew them"),
+    ("10", "train_step", "cfg.eps_low, cfg.eps_high, w)", "0.2, 0.28, w)", "always 0.2 and 0.28"),
+    ("10", "train_step", "cfg.eps_low, cfg.eps_high, w)", "cfg.eps_high, cfg.eps_low, w)", "the other way round"),
+    ("10", "train_step", "part.backward()", "(part / cfg.updates_per_rollout).backward()", "as it is with one"),
+    ("10", "train_step", "math.isfinite(loss) and math.isfinite(grad_norm)", "math.isfinite(loss)", "gradient's norm is not finite"),
+    ("10", "train_step", "            optimizer.step()\n        optimizer.zero_grad()\n", "            optimizer.step()\n            optimizer.zero_grad()\n", "the update is left out"),
+    ("10", "train_step", "loss += part.item()", "loss = part.item()", "the sum over the micro-batches"),
+    ("10", "train_step", "first_group(questions[0]", "first_group(questions[-1]", "the first question's group"),
+    ("10", "train_step", "if with_kl:", "if False:", "lack kl"),
+    ("10", "train_step", "return metrics | clock.seconds, group", "return metrics | clock.seconds", "returns two things"),
     ("11", "sft_loss", "-(logps", "(logps", "minus the log-likelihood"),
     ("11", "sft_loss", "-(logps * mask).sum() / mask.sum()", "-logps.mean()", "padding is counted"),
+    ("11", "sft_loss", "/ mask.sum()", "/ len(mask)", "by that of answers"),
+    ("11", "offline_answers", "None if None in pair else pair for pair in found", "pair for pair in found", "is None"),
+    ("11", "offline_answers", "range(100 // 4)", "range(1)", "both questions have"),
+    ("11", "offline_answers", "range(100 // 4)", "range(1000)", "stop after 100"),
+    ("11", "offline_answers", "cfg.temperature", "1.0", "max_new_tokens and temperature"),
+    ("11", "offline_answers", "cfg.temperature, generator)", "cfg.temperature)", "with the generator"),
     ("11", "offline_answers", "((1, 1), (0, 0))", "((0, 1), (0, 0))", "chosen is a correct answer to the written"),
     ("11", "offline_answers", "((1, 1), (0, 0))", "((1, 1), (1, 0))", "rejected is a wrong answer to the spoken"),
     ("11", "offline_loss", "lm.spoken_turns(questions)", "[lm.embed_text(written_question(q)) for q in questions]", "yours under the written one"),
@@ -4221,6 +4486,9 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("12", "dpo_loss", "chosen - base_chosen - rejected + base_rejected", "rejected - base_rejected - chosen + base_chosen", "yours is the rejected one"),
     ("12", "dpo_loss", "chosen - base_chosen - rejected + base_rejected", "chosen - rejected", "relative to the base model"),
     ("12", "offline_loss", ", without_lora():", ":", "log 2"),
+    ("12", "offline_loss", "x.sum(-1)", "(x.sum(-1) / mask.sum(-1))", "yours is their mean"),
+    ("12", "offline_loss", "for k in (0, 1)), beta)", "for k in (0, 1)))", "beta is an argument"),
+    ("12", "offline_loss", "lm.spoken_turns(questions)", "[lm.embed_text(written_question(q)) for q in questions]", "yours under the written one"),
 ]
 
 
