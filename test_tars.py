@@ -3701,7 +3701,7 @@ def write_sheet(folder):
 
 
 def exercise(grader):
-    """A grader as a test. What is still empty, or breaks inside tars.py, is told in one line."""
+    """A grader as a test. What is still empty, breaks inside tars.py or changes an argument is told in one line."""
 
     @functools.wraps(grader)
     def graded(*args, **kwargs):
