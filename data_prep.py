@@ -8,8 +8,8 @@
   csv               one's own questions: columns question, A, B, C, D, answer (a letter), and wav if they are recorded
 
 Every source writes `datasets` directories with the columns key, question, options, answer_index, prompt_for_tts and
-audio (16 kHz mono WAV bytes), and where they are known tts_wer and category; tars.py and eval.py read them with
-load_questions. A source's rows come from the hub or, with --origin, from local files of the same layout.
+audio (16 kHz mono WAV bytes), seconds, and where they are known tts_wer and category; tars.py and eval.py read them
+with load_questions. A source's rows come from the hub or, with --origin, from local files of the same layout.
 
 Imports: this file imports tars.py; eval.py imports this file.
 """
@@ -43,10 +43,8 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration, VitsModel, 
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from tars import DEVICE, FEATURES, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, ClipError, Parser, Qwen25Omni, SpeechLM
-from tars import UserError, check_length, check_writable, extract_answers, is_blank, judge, load_helper, load_model
-from tars import number, open_pretrained, parse_json, read_clip, run, write_aside, write_json, write_line
-from tars import written_question
+from tars import DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, Qwen25Omni, SpeechLM, append_line, extract_answers, judge
+from tars import load_model, read_clip, write_aside, write_json, written_question
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
@@ -291,7 +289,7 @@ def spoken_question(expression, letter, rng, key):
     waveform, ends = speak(row["prompt_for_tts"], rng)
     words = [row["question"].split()[0]] + [f" {word}" for word, _ in ends[1:]]
     words = [f"Option {word.strip().upper()}:" if len(word) == 2 else word for word in words]
-    row["audio"] = {"bytes": wav_bytes(waveform), "path": None}
+    row |= {"audio": {"bytes": wav_bytes(waveform), "path": None}, "seconds": len(waveform) / SAMPLE_RATE}
     return row, [(word, end) for word, (_, end) in zip(words, ends)]
 
 
@@ -377,12 +375,10 @@ DEMO_SETTINGS = {
 
 
 def new_folder(out):
-    """A path to write to. Raises UserError if it exists, or cannot be made."""
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it to make it anew, or give another --out")
-    check_writable(out)
-    return out
+    """A path to write to. What exists is never overwritten."""
+    if Path(out).exists():
+        raise SystemExit(f"{out} exists already: remove it to make it anew, or give another --out")
+    return Path(out)
 
 
 def demo(args):
@@ -423,12 +419,24 @@ def demo(args):
 
 
 # ==== 5. Real questions: one function a source, which converts a row ==================================================
+FEATURES = datasets.Features({
+    "key": datasets.Value("string"), "question": datasets.Value("string"),
+    "options": datasets.List(datasets.Value("string")), "answer_index": datasets.Value("int64"),
+    "prompt_for_tts": datasets.Value("string"), "audio": datasets.Audio(decode=False),
+})
+
+
 class Lost(Exception):
     """A row that is left out. Rows are counted by the reason; what was found is shown with the row's key."""
 
     def __init__(self, reason, found=""):
         super().__init__(f"{reason} ({found})" if found else reason)
         self.reason = reason
+
+
+def is_blank(text):
+    """Whether a person sees nothing in a text: None, or spaces, control and zero-width characters alone."""
+    return all(unicodedata.category(c)[0] in "CZ" for c in text or "")
 
 
 def cell_text(cell, what):
@@ -454,43 +462,32 @@ def checked(question, options, answer, prompt):
             "answer_index": index, "prompt_for_tts": prompt}
 
 
-def decode_clip(data, key="clip"):
-    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1. All but 16-bit WAV is read by soundfile.
-    Raises ClipError if it cannot be decoded, has NaN, or lasts less than 0.1 s or more than 300 s, the encoders' limit.
+def decode_clip(data):
+    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1.
+    Raises Lost if it cannot be decoded, has NaN, or lasts less than 0.1 s or more than 300 s, the encoders' limit.
     """
+    import soundfile
+
     try:
-        with wave.open(io.BytesIO(data)) as clip:
-            rate, channels, frames = clip.getframerate(), clip.getnchannels(), clip.readframes(clip.getnframes())
-            plain = clip.getsampwidth() == 2
-        samples = np.frombuffer(frames, "<i2").reshape(-1, channels).astype(np.float32) / 2**15 if plain else None
-    except Exception:  # no PCM WAV, or a header that lies
-        samples = None
-    if samples is None:
-        try:
-            import soundfile
-        except ImportError as error:
-            raise UserError(f"{key} is no 16-bit WAV: reading it needs soundfile, pip install soundfile") from error
-        try:
-            samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [T, channels]
-        except Exception as error:
-            raise ClipError(key, "an unreadable clip", f" ({str(error).splitlines()[0]})") from error
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [T, channels]
+    except soundfile.LibsndfileError as error:
+        raise Lost("an unreadable clip", error) from error
     if rate < 4_000 or rate * SAMPLE_RATE > 2e8 * math.gcd(rate, SAMPLE_RATE) ** 2:  # the filter to resample: 800 MB
-        raise ClipError(key, "an unreadable clip", f" (a rate of {rate} Hz)")
+        raise Lost("an unreadable clip", f"a rate of {rate} Hz")
     waveform = torch.from_numpy(samples).mean(-1)  # [T]
     if not waveform.isfinite().all():
-        raise ClipError(key, "a clip with NaN samples")
-    check_length(len(waveform) / rate, key)
+        raise Lost("a clip with NaN samples")
+    if not 0.1 <= (seconds := len(waveform) / rate) <= 300:
+        raise Lost(f"a clip {'shorter than 0.1' if seconds < 0.1 else 'longer than 300'} s", f"{seconds:.2f} s")
     return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
 
 
-def clean_clip(audio, key, max_seconds):
+def clean_clip(audio, max_seconds):
     """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost if it is unreadable, silent, too short or too long."""
     if not audio or not (audio["bytes"] or audio["path"]):
         raise Lost("no clip")
     try:
-        waveform = decode_clip(audio["bytes"] or Path(audio["path"]).read_bytes(), key)
-    except ClipError as error:
-        raise Lost(error.reason) from error
+        waveform = decode_clip(audio["bytes"] or Path(audio["path"]).read_bytes())
     except OSError as error:
         raise Lost("an unreadable clip", audio["path"]) from error
     if waveform.abs().max() < 1e-3:  # 60 dB below full scale
@@ -505,7 +502,7 @@ def from_tars(index, row, args):
     ours = checked(row["question"], row["options"], row["answer_index"], cell_text(row["prompt_for_tts"], "prompt"))
     wer = row.get("tts_wer")
     ours["tts_wer"] = float(wer) if isinstance(wer, (int, float)) else None  # "n/a" is unknown too
-    return ours | {"audio": clean_clip(row["audio"], row["key"], args.max_seconds)}
+    return ours | {"audio": clean_clip(row["audio"], args.max_seconds)}
 
 
 # What VoiceBench asks after the options, and how a line opens an option: "A. ", "A.", "A) ", "(A) ", "Option A: ".
@@ -540,7 +537,7 @@ def from_voicebench(index, row, args):
     """A row of VoiceBench's mmsu or openbookqa: question and options stand in the prompt, the answer is a letter."""
     prompt = cell_text(row["prompt"], "prompt")
     ours = checked(*parse_prompt(prompt), cell_text(row["reference"], "reference"), prompt)
-    return ours | {"category": row.get("category"), "audio": clean_clip(row["audio"], f"row {index}", args.max_seconds)}
+    return ours | {"category": row.get("category"), "audio": clean_clip(row["audio"], args.max_seconds)}
 
 
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
@@ -567,7 +564,7 @@ def from_csv(index, row, args):
     clip = recording(row, args)
     if not clip:
         return spoken_row(ours, index, args)
-    return ours | {"prompt_for_tts": prompt_of(ours), "audio": clean_clip(clip, f"row {index}", args.max_seconds)}
+    return ours | {"prompt_for_tts": prompt_of(ours), "audio": clean_clip(clip, args.max_seconds)}
 
 
 def recording(row, args):
@@ -592,7 +589,7 @@ def spoken_row(ours, index, args):
         heard = args.listener.transcribe(waveform)
         wer = reading_error(ours["prompt_for_tts"], heard, getattr(args.listener, "spelling", None))
         if wer < 0.1:
-            audio = clean_clip({"bytes": wav_bytes(waveform)}, f"row {index}", args.max_seconds)
+            audio = clean_clip({"bytes": wav_bytes(waveform)}, args.max_seconds)
             return ours | {"tts_wer": wer, "audio": audio}
     raise Lost(f"not understood by Whisper in {args.tries} tries")
 
@@ -627,10 +624,8 @@ MONTH = "January|February|March|April|May|June|July|August|September|October|Nov
 
 def in_words(digits, to="cardinal"):
     """"1,984" or "3.14" -> words; one by one where a zero leads or there are too many. Needs num2words."""
-    try:
-        from num2words import num2words
-    except ImportError as error:
-        raise UserError("saying numbers needs num2words: pip install num2words") from error
+    from num2words import num2words
+
     whole, _, fraction = digits.replace(",", "").partition(".")
     alone = (len(whole) > 1 and whole[0] == "0") or len(whole) > 15
     said = " ".join(map(in_words, whole)) if alone else re.sub(r"[-,]| and ", " ", num2words(int(whole), to=to))
@@ -784,7 +779,7 @@ class Voice:
 
     def __init__(self, name, device):
         self.model = load_model(VitsModel, name, device, torch.float32)  # too fine for bfloat16, and small
-        self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
 
     @torch.no_grad()
     def speak(self, text, seed):
@@ -803,8 +798,8 @@ class Listener:
 
     def __init__(self, name, device):
         self.model = load_model(WhisperForConditionalGeneration, name, device)
-        self.feature_extractor = open_pretrained(WhisperFeatureExtractor.from_pretrained, name)
-        self.tokenizer = open_pretrained(AutoTokenizer.from_pretrained, name)
+        self.feature_extractor = WhisperFeatureExtractor.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.spelling = getattr(self.tokenizer, "english_spelling_normalizer", None)  # its normalizer.json
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
         self.language = {"language": "en", "task": "transcribe"} if multilingual else {}
@@ -849,12 +844,12 @@ SPLITS = ("train", "auxiliary_train", "validation", "dev", "test")
 def own_files(source, place):
     """The parquet or arrow files of a local copy of a repository that belong to the source's configuration and split.
     A split is told by a file's name, such as test-00000-of-00001.parquet or test.parquet, or by its folder's.
-    Raises UserError if there are none. Where a name does not tell, the files that are taken are printed.
+    Where a name does not tell, the files that are taken are printed.
     """
     files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.suffix in (".parquet", ".arrow")]
     files = [p for p in files if source.config in p.parts] or files
     if not files:
-        raise UserError(f"{place} holds no parquet or arrow file and no datasets directory")
+        raise SystemExit(f"{place} holds no parquet or arrow file and no datasets directory")
 
     def split(path):
         names = (re.sub(r"-\d+-of-\d+$", "", path.stem), path.parent.name)
@@ -864,70 +859,64 @@ def own_files(source, place):
     untold = [p for p in files if split(p) is None]
     if not own and not untold:
         there = ", ".join(sorted({*map(split, files)}))
-        raise UserError(f"{place} has no file of the split {source.split}; it has {there}")
+        raise SystemExit(f"{place} has no file of the split {source.split}; it has {there}")
     if not own:
         print(f"files taken as the split {source.split}: {', '.join(str(p.relative_to(place.parent)) for p in untold)}")
     return own or untold
 
 
 def open_source(source, origin):
-    """A source's rows as one Dataset, clips undecoded: from the hub, a save_to_disk directory, or parquet/arrow files.
-    Raises UserError if there is nothing at `origin` or a column is missing.
-    """
+    """A source's rows as one Dataset, clips undecoded: from the hub, a save_to_disk folder, parquet or arrow files."""
     place = Path(origin)
-    try:
-        if place.suffix == ".csv":
-            with open(place, newline="", encoding="utf-8-sig") as table:
-                rows = datasets.Dataset.from_list(list(csv.DictReader(table)))  # strings: "NA" and "007" stay
-        elif (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(origin)
-        elif place.exists():
-            files = own_files(source, place)
-            kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
-            rows = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train")
-        else:
-            rows = datasets.load_dataset(origin, source.config, split=source.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{origin} cannot be read, here or on the hub: {str(error).splitlines()[0]}") from error
+    if place.suffix == ".csv":
+        with open(place, newline="", encoding="utf-8-sig") as table:
+            rows = datasets.Dataset.from_list(list(csv.DictReader(table)))  # strings: "NA" and "007" stay
+    elif (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+        rows = datasets.load_from_disk(origin)
+    elif place.exists():
+        files = own_files(source, place)
+        kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
+        rows = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train")
+    else:
+        rows = datasets.load_dataset(origin, source.config, split=source.split)
     if isinstance(rows, dict):  # several splits, such as one a subject
         rows = datasets.concatenate_datasets([rows[source.split]] if source.split in rows else list(rows.values()))
     if missing := set(source.columns) - set(rows.column_names):
-        raise UserError(f"{origin} lacks the column(s) {', '.join(sorted(missing))}; "
+        raise SystemExit(f"{origin} lacks the column(s) {', '.join(sorted(missing))}; "
                         f"it has {', '.join(rows.column_names)}")
     return rows.cast_column("audio", datasets.Audio(decode=False)) if "audio" in rows.column_names else rows
 
 
-def read_lines(file, *keys):
-    """The JSON objects of a file with one a line. Raises UserError, which names the line, for anything else."""
-    lines = file.read_text(errors="replace").splitlines()
-    return [parse_json(line, f"{file}, line {i + 1}", *keys) for i, line in enumerate(lines)]
+def read_lines(file):
+    """The JSON objects of a file with one a line."""
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
 def resume(file, begun):
     """The finished rows of an interrupted run, from its rows.jsonl, whose first line holds the run's settings."""
     text = file.read_bytes() if file.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1] or json.dumps(begun).encode() + b"\n"  # not a line that was cut
-    write_aside(file, lambda path: path.write_bytes(whole))
+    whole = text[: text.rfind(b"\n") + 1]  # not a line that was cut
+    write_aside(file, whole or json.dumps(begun).encode() + b"\n")
     first, *lines = read_lines(file)
     if other := [key for key in begun if first.get(key) != begun[key]]:
-        raise UserError(f"{file.parent} was begun with other settings ({', '.join(other)}): finish it with those, or "
-                        "remove it")
+        raise SystemExit(f"{file.parent} was begun with other settings ({', '.join(other)}): finish it with those, or "
+                         "remove it")
     return lines
 
 
 COLUMNS = datasets.Features(FEATURES | {
-    "tts_wer": datasets.Value("float64"), "category": datasets.Value("string"),
+    "seconds": datasets.Value("float64"), "tts_wer": datasets.Value("float64"), "category": datasets.Value("string"),
     "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
 })
 SPOKEN = ("mmlu", "csv")
 
 
 def check_disk(rows, count, part, args):
-    """Say how much disk a conversion takes, by 20 of its rows, and raise UserError if there is not so much."""
+    """Say how much disk a conversion takes, by 20 of its rows, and end if there is not so much."""
     seconds = []
     for row in rows.select(range(0, count, max(1, count // 20))):
         try:
-            clip = recording(row, args) and clean_clip(recording(row, args), "", math.inf)
+            clip = recording(row, args) and clean_clip(recording(row, args), math.inf)
             seconds.append(len("".join(map(str, row.values()))) / 15 if clip is None else len(clip) / SAMPLE_RATE)
         except Lost:  # a row that will be left out
             continue
@@ -935,7 +924,7 @@ def check_disk(rows, count, part, args):
     free = shutil.disk_usage(part).free / 2**30
     print(f"{count} rows take about {needed:.2f} GiB of disk, half of it in the end; {free:.2f} GiB are free")
     if needed > free:
-        raise UserError(f"{part.parent} has {free:.2f} GiB free, and about {needed:.2f} are needed: give another --out")
+        raise SystemExit(f"{part.parent} has {free:.2f} GiB free, about {needed:.2f} are needed: give another --out")
 
 
 def is_whole(part, line):
@@ -952,7 +941,7 @@ def convert(name, args):
     part = out.with_name(out.name + ".part")  # what is done so far
     part.mkdir(parents=True, exist_ok=True)
     if any(part.iterdir()) and not (part / "rows.jsonl").exists():
-        raise UserError(f"{part} is no stopped conversion: move it away, its place is needed")
+        raise SystemExit(f"{part} is no stopped conversion: move it away, its place is needed")
     settings = {key: getattr(args, key, None) for key in ("max_seconds", "seed", "tries", "tts", "asr")}
     done = resume(part / "rows.jsonl", {"source": name, "rows": rows._fingerprint} | settings)[:count]
     done = list(takewhile(partial(is_whole, part), done))  # the rest is done again
@@ -960,28 +949,28 @@ def convert(name, args):
         check_disk(rows, count, part, args)
     recorded = name == "csv" and "wav" in rows.column_names and all(rows["wav"])
     if name in SPOKEN and not recorded and len(done) < count:
-        args.voice, args.listener = load_speech_models(args)
-    with open(part / "rows.jsonl", "a") as progress:
-        for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
-            row = rows[i]
-            key = str(row.get("key") or f"{name}-{i}")
-            try:
-                ours = {"key": key} | source.make_row(i, row, args)
-                waveform = ours.pop("audio")
-                write_aside(part / f"{i}.wav", lambda path: path.write_bytes(wav_bytes(waveform.clamp(-1, 1))))
-                line = {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
-            except Lost as loss:
-                line = {"lost": loss.reason, "key": key}
-                tqdm.write(f"{key} is left out: {loss}")
-            done.append(line)
-            write_line(progress, line)
+        args.voice, args.listener = Voice(args.tts, DEVICE), Listener(args.asr, DEVICE)
+    for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
+        row = rows[i]
+        key = str(row.get("key") or f"{name}-{i}")
+        try:
+            ours = {"key": key} | source.make_row(i, row, args)
+            waveform = ours.pop("audio")
+            write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
+            line = {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
+        except Lost as loss:
+            line = {"lost": loss.reason, "key": key}
+            tqdm.write(f"{key} is left out: {loss}")
+        done.append(line)
+        append_line(part / "rows.jsonl", line)
     kept = [line for line in done if "row" in line]
     if not kept:
         reasons = "; ".join(sorted({line["lost"] for line in done}))
-        raise UserError(f"no row of {args.origin or source.origin} is left: {reasons}")
+        raise SystemExit(f"no row of {args.origin or source.origin} is left: {reasons}")
     # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
     places = ({"bytes": None, "path": str(part.resolve() / line["clip"])} for line in kept)
-    ready = [dict.fromkeys(COLUMNS) | line["row"] | {"audio": place} for line, place in zip(kept, places)]
+    ready = [dict.fromkeys(COLUMNS) | line["row"] | {"audio": place, "seconds": line["seconds"]}
+             for line, place in zip(kept, places)]
     questions = datasets.Dataset.from_list(ready, features=COLUMNS)
     questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
     (part / "data").rename(out)
@@ -993,47 +982,40 @@ def convert(name, args):
     print(f"written to {out}")
 
 
-def load_speech_models(args):
-    """The speech synthesis and recognition models of the sources that speak."""
-    return (load_helper(Voice, "--tts", args.tts, DEVICE),
-            load_helper(Listener, "--asr", args.asr, DEVICE))
-
-
 def main(arguments=None):
     """Build the data set that the command line names."""
-    parser = Parser(prog="data_prep.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     of_demo = (
-        ("--out", "runs/demo", "", "directory to write"),
-        ("--seed", 0, "[0, 4294967295]", "seed of questions, voices and base model"),
-        ("--text-steps", 800, "[1, inf)", "steps of the base model's stage 1"),
-        ("--speech-steps", 600, "[1, inf)", "steps of its stage 2 at most"),
-        ("--stop-at", 0.40, "[0, 1]", "speech accuracy at which stage 2 stops"),
-        ("--train-clips", 4000, "[1, inf)", "spoken training questions"),
-        ("--val-clips", 512, "[1, inf)", "spoken questions that decide when stage 2 stops"),
-        ("--test-clips", 512, "[1, inf)", "held-out spoken questions"),
+        ("--out", "runs/demo", "directory to write"),
+        ("--seed", 0, "seed of questions, voices and base model"),
+        ("--text-steps", 800, "steps of the base model's stage 1"),
+        ("--speech-steps", 600, "steps of its stage 2 at most"),
+        ("--stop-at", 0.40, "speech accuracy at which stage 2 stops"),
+        ("--train-clips", 4000, "spoken training questions"),
+        ("--val-clips", 512, "spoken questions that decide when stage 2 stops"),
+        ("--test-clips", 512, "held-out spoken questions"),
     )
     of_all = (
-        ("--out", "runs/data", "", "directory to write"),
-        ("--origin", "", "", "hub name or local files to read; empty: the source's own place on the hub"),
-        ("--limit", 0, "[0, inf)", "only the first so many rows; 0 means all"),
-        ("--max-seconds", 120.0, "[0.1, 300]", "longer clips are left out"),
+        ("--out", "runs/data", "directory to write"),
+        ("--origin", "", "hub name or local files to read; empty: the source's own place on the hub"),
+        ("--limit", 0, "only the first so many rows; 0 means all"),
+        ("--max-seconds", 120.0, "longer clips are left out"),
     )
     of_mmlu = (
-        ("--seed", 0, "[0, 4294967295]", "seed of the voice's noise and speaking rate"),
-        ("--tries", 10, "[1, inf)", "readings of a question before it is left out"),
-        ("--tts", "facebook/mms-tts-eng", "", "the voice, a VITS model"),
-        ("--asr", "openai/whisper-medium", "", "the listener, a Whisper model"),
+        ("--seed", 0, "seed of the voice's noise and speaking rate"),
+        ("--tries", 10, "readings of a question before it is left out"),
+        ("--tts", "facebook/mms-tts-eng", "the voice, a VITS model"),
+        ("--asr", "openai/whisper-medium", "the listener, a Whisper model"),
     )
     for name, flags in (("demo", of_demo), *((name, of_all + (of_mmlu if name in SPOKEN else ())) for name in SOURCES)):
         command = commands.add_parser(name, allow_abbrev=False)
-        for flag, default, within, help in flags:
-            kind = number(type(default), within) if within else str
-            command.add_argument(flag, type=kind, default=default, metavar="", help=f"{help} [{default}]")
+        for flag, default, help in flags:
+            command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{help} [{default}]")
     args = parser.parse_args(arguments)
     demo(args) if args.source == "demo" else convert(args.source, args)
 
 
 if __name__ == "__main__":
-    run("data_prep.py", main)
+    main()

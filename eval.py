@@ -5,9 +5,8 @@
   python eval.py --cascade openai/whisper-medium              # + Whisper transcribes, the model answers the transcript
   python eval.py --asr                                        # word error rate of the model as a transcriber
   python eval.py --ask clip.wav                               # what the models answer to a clip or a written question
-  python eval.py --agree IAAR-Shanghai/xFinder-qwen1505       # how far the two answer extractors agree on kept answers
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
-  python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy, MRR over steps; where time went
+  python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy, MRR over steps
   python eval.py --compare runs/*                             # runs of several seeds: means, paired differences, wins
   python eval.py --explain                                    # one group worked through, equation by equation
   python eval.py --explain RUN                                # the same with the settings and the adapter of a run
@@ -24,7 +23,10 @@ import json
 import math
 import os
 import re
+import resource
+import sys
 import textwrap
+import time
 import zlib
 from dataclasses import fields
 from functools import partial
@@ -33,18 +35,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
-from tars import DEVICE, DTYPE, FAMILIES, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SYSTEM_PROMPT, TEXT, Config
-from tars import LoRALinear, NGramEmbedder, Parser, Phi4Multimodal, Qwen25Omni, SpeechLM, UserError, XFinder
-from tars import answer_greedily, attach_lora, by_length, check, check_room, check_writable, config_parser
-from tars import extract_answers, family_of, fingerprint, grpo_loss, judge, layer_weights, load_embedder
-from tars import load_extractor, load_helper, load_questions, load_tensors, make_trainable, modality_advantages
-from tars import modality_recovery_rate, number, pad_left, parse_config, parse_json, peak_memory, positions
-from tars import question_batches, read_clip, read_settings, reference_features, representation_reward, run, to_device
-from tars import token_weights, train_step, without_lora, write_aside, write_line
+from tars import DEVICE, DTYPE, FAMILIES, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
+from tars import LoRALinear, NGramEmbedder, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line
+from tars import attach_lora, by_length, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
+from tars import load_extractor, load_questions, make_trainable, modality_advantages, modality_recovery_rate, pad_left
+from tars import parse_config, positions
+from tars import question_batches, read_clip, reference_features, representation_reward, token_weights, train_step
+from tars import without_lora, write_aside
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -75,37 +78,30 @@ def table(head, rows):
 
 # ==== 2. Table 1: accuracy on speech (A) and on text (T), MRR =========================================================
 def load_adapter(lm, path):
-    """Attach a saved adapter in place of any other. Raises UserError if it is missing, broken or of another model."""
-    file, settings = Path(path) / "adapter_model.safetensors", Path(path) / "adapter_config.json"
-    if not (file.exists() and settings.exists()):
-        raise UserError(f"{path} holds no adapter: give the --out directory of a finished run")
-    # tars.py writes the scale beside the weights too, where it cannot be another run's.
-    scale = parse_json(settings.read_text(errors="replace"), settings, "r", "lora_alpha")
-    scale |= json.loads(load_tensors(file)[1].get("tars", "{}"))
+    """Attach a saved adapter in place of any other; one of another model or rank is refused."""
+    scale = json.loads((Path(path) / "adapter_config.json").read_text())
     for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
             if isinstance(child, LoRALinear):
                 setattr(parent, name, child.linear)
-    try:
-        attach_lora(lm, int(scale["r"]), float(scale["lora_alpha"]))
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{settings} is broken: r and lora_alpha are no numbers above 0") from error
+    attach_lora(lm, scale["r"], scale["lora_alpha"])
 
     def tail(name):  # where the decoder sits in the model differs between versions of transformers
         return name.split("layers.", 1)[-1].removesuffix(".weight")
 
     weights = {tail(name): weight for name, weight in lm.model.named_parameters() if weight.requires_grad}
-    tensors, _ = load_tensors(file, {name: weight.shape for name, weight in weights.items()}, tail)
+    tensors = {tail(name): x for name, x in load_file(Path(path) / "adapter_model.safetensors").items()}
+    here, there = ({(name, tuple(x.shape)) for name, x in some.items()} for some in (weights, tensors))
+    if wrong := sorted(here ^ there):
+        raise SystemExit(f"{path} is no adapter of this model: {len(wrong)} tensors differ, such as {wrong[0]}")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])
 
 
-def speech_lms(args, cfg, sets=()):
+def speech_lms(args):
     """Yield (name, SpeechLM) for the base model and for each adapter on it. The model is loaded once."""
     lm = SpeechLM.from_pretrained(args.model)
-    for questions in sets:
-        check_room(lm, questions, cfg.max_new_tokens)
     for adapter in args.adapter:  # a wrong one is refused before anything is measured
         load_adapter(lm, adapter)
     with without_lora():
@@ -115,44 +111,54 @@ def speech_lms(args, cfg, sets=()):
         yield adapter, lm
 
 
+def fingerprint(path):
+    """What tells the files of a model or an adapter from others: a checksum of names, sizes, first and last MiB of
+    each; on the hub the commit. Nothing is loaded for it.
+    """
+    if not Path(path).is_dir():
+        return Path(cached_file(path, "config.json")).parent.name
+    total = 0
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
+        for file in sorted(Path(path).glob(pattern)):
+            with open(file, "rb") as content:
+                head, size = content.read(2**20), file.stat().st_size
+                content.seek(max(0, size - 2**20))
+                total = zlib.crc32(f"{file.name} {size}".encode() + head + content.read(), total)
+    return total
+
+
 def cached_records(name, paths, data, questions, each, answer, args, cfg):
     """The records of one measurement, `each` of them a question, in the data's order; all are kept in args.out.
-    Those of an earlier run are read from there, the rest come in batches from answer(questions, start). The file's name
-    holds a hash of everything the answers depend on; paths: the models among it.
+    Those of an earlier run are read from there, the rest come one by one from answer(questions). The file's name holds
+    a hash of everything the answers depend on; paths: the models among it.
     """
     begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
              "eval_batch": cfg.eval_batch, "extractor": cfg.extractor, "questions": questions._fingerprint,
              "files": [fingerprint(path) for path in paths]}
     file = Path(args.out) / f"{Path(name).name}-{Path(data).name}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = resume(file, begun)
+    done, order = resume(file, begun), by_length(questions)
     if len(done) < each * len(questions):
         first = len(done) // (each * cfg.eval_batch) * cfg.eval_batch  # whole batches, to form the same ones again
         done = done[: each * first]
-        file.write_text("".join(json.dumps(line) + "\n" for line in [begun, *done]))
-        order = by_length(questions)
-        with open(file, "a") as records:
-            for batch in answer(questions.select(order), start=first):
-                for record in batch:
-                    write_line(records, record)
-                done += batch
-        done = [record for i in np.argsort(order) for record in done[each * i : each * (i + 1)]]
-        write_aside(file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in [begun, *done])))
-    return done
+        write_aside(file, "".join(json.dumps(line) + "\n" for line in [begun, *done]).encode())
+        for record in answer(questions.select(order[first:])):
+            append_line(file, record)
+            done.append(record)
+    return [record for i in np.argsort(order) for record in done[each * i : each * (i + 1)]]
 
 
-def cascade(lm, listener, questions, extract, cfg, start):
-    """Whisper transcribes each clip, the model answers the transcript in writing: batches of records."""
-    for batch in question_batches(questions, cfg.eval_batch, "cascade", start):
+def cascade(lm, listener, questions, extract, cfg):
+    """Whisper transcribes each clip, the model answers the transcript in writing. Yields records."""
+    for batch in question_batches(questions, cfg.eval_batch, "cascade"):
         transcripts = [listener.transcribe(read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
         with torch.no_grad():
             prompts = [[lm.prompt(lm.embed_text(text))] for text in transcripts]  # b lists of one prompt [P, H]
         completions = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
         letters, acc, _ = judge(batch, completions, extract)
-        yield [{"key": q["key"], "modality": "speech", "completion": completion, "answer": letter, "right": right == 1,
-                "heard": text}
-               for q, text, completion, letter, right
-               in zip(batch, transcripts, completions, letters, acc[:, 0].tolist())]
+        for q, text, completion, letter, right in zip(batch, transcripts, completions, letters, acc[:, 0].tolist()):
+            yield {"key": q["key"], "modality": "speech", "completion": completion, "answer": letter,
+                   "right": right == 1, "heard": text}
 
 
 def accuracy_cell(records):
@@ -164,10 +170,10 @@ def accuracy_cell(records):
 
 def compare(args, cfg, sets):
     """Print Table 1: one row a model, two columns a data set, averages, unparsed share, MRR."""
-    extract = load_extractor(cfg, DEVICE)
-    listener = load_helper(Listener, "--cascade", args.cascade, DEVICE) if args.cascade else None
+    extract = load_extractor(cfg)
+    listener = Listener(args.cascade, DEVICE) if args.cascade else None
     rows, base_text = [], args.base_text_accuracy
-    for name, lm in speech_lms(args, cfg, sets.values()):
+    for name, lm in speech_lms(args):
         measured = {}
         for data, questions in sets.items():
             answer = partial(answer_greedily, lm, extract=extract, cfg=cfg)
@@ -212,11 +218,11 @@ def row_of(name, measured, base_text):
 def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = []
-    for name, lm in speech_lms(args, cfg, sets.values()):
+    for name, lm in speech_lms(args):
         before = lm.family.before_user.replace(SYSTEM_PROMPT, ASR_SYSTEM)
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
-            raise UserError(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
-                            "this model (the demo's, say) was never taught to transcribe")
+            raise SystemExit(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
+                             "this model (the demo's, say) was never taught to transcribe")
         with torch.no_grad():
             before, request, after = (lm.embed_text(part, special=True)
                                       for part in (before, ASR_REQUEST, lm.family.after_user))
@@ -243,36 +249,14 @@ def ask(args, cfg):
     """Print what the base model and each adapter answer to a clip, or to a written question, with its options."""
     spoken = os.path.isfile(args.ask)
     if not spoken and re.search(r"\.(wav|mp3|flac|ogg|m4a)$", args.ask, re.IGNORECASE):
-        raise UserError(f"--ask {args.ask}: there is no such file")
-    clip = wav_bytes(decode_clip(Path(args.ask).read_bytes(), args.ask)) if spoken else None
-    for name, lm in speech_lms(args, cfg):
+        raise SystemExit(f"--ask {args.ask}: there is no such file")
+    clip = wav_bytes(decode_clip(Path(args.ask).read_bytes())) if spoken else None
+    for name, lm in speech_lms(args):
         asked = {"key": args.ask, "audio": {"bytes": clip}}
         with torch.no_grad():
             turn = lm.spoken_turns([asked])[0] if spoken else lm.embed_text(args.ask)
         ids, mask, truncated = lm.rollout([[lm.prompt(turn)]], 1, cfg.max_new_tokens, temperature=0)
         print(f"{name}: {lm.detokenize(ids, mask)[0]}{' ... (cut)' if truncated else ''}")
-
-
-def agreement(args, cfg, sets):
-    """Print how far the regular expressions and an xFinder agree on the answers that are kept in args.out."""
-    finder, rows = load_helper(XFinder, "--agree", args.agree, DEVICE), []
-    for file in sorted(Path(args.out).glob("*.jsonl")):
-        begun, *records = read_lines(file)
-        if begun["data"] not in sets:
-            continue
-        by_key = {question["key"]: question for question in sets[begun["data"]].remove_columns("audio")}
-        records = [record for record in records if record["key"] in by_key]
-        pairs = []
-        for batch in question_batches(records, cfg.eval_batch, file.stem):
-            asked, outputs = [by_key[record["key"]] for record in batch], [record["completion"] for record in batch]
-            pairs += zip(extract_answers(asked, outputs), finder(asked, outputs))
-        counts = [sum(ours == theirs for ours, theirs in pairs), sum(ours is None for ours, _ in pairs),
-                  sum(theirs is None for _, theirs in pairs)]
-        counts.append(sum(ours != theirs and None not in (ours, theirs) for ours, theirs in pairs))
-        rows.append([file.stem, *map(str, (len(pairs), *counts))])
-    if not rows:
-        raise UserError(f"--agree: {args.out} keeps no answers to {', '.join(sets)}: run `python eval.py` first")
-    print(table(["kept answers", "n", "agree", "regex: none", "xFinder: none", "another letter"], rows))
 
 
 # ==== 4. Figure 2: how far spoken and written states drift apart, layer by layer ======================================
@@ -289,7 +273,7 @@ def layer_cosines(lm, questions, cfg):
     """Teacher-force the model's own greedy text answers under both prompts -> cosine per question and layer [n, L]."""
     cosines = []
     for batch in question_batches(questions, cfg.eval_batch, "layers"):
-        prompts = lm.embed(batch)  # b lists of M prompts [P, H]
+        prompts = lm.embed_prompts(batch)  # b lists of M prompts [P, H]
         ids, mask, _ = lm.rollout([[question[TEXT]] for question in prompts], 1, cfg.max_new_tokens, temperature=0)
         answer, mask = lm.embed_tokens(ids[:, 0, 0]), mask[:, 0, 0]  # [b, C, H], [b, C]
         embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [b * M, P, H]
@@ -298,14 +282,14 @@ def layer_cosines(lm, questions, cfg):
         seen = torch.cat([prompt_mask, mask.repeat_interleave(M, 0)], dim=1)  # [b * M, P + C]
         states = lm.run_decoder(embeds, seen, positions(seen), output_hidden_states=True).hidden_states[1:]
         states = torch.stack([h[:, P:].unflatten(0, (-1, M)) for h in states])  # [L, b, M, C, H]
-        cosines.append(token_cosines(states[:, :, 0], states[:, :, TEXT], mask).cpu())
+        cosines.append(token_cosines(states[:, :, SPEECH], states[:, :, TEXT], mask).cpu())
     return torch.cat(cosines)
 
 
 def drift(args, cfg, sets):
     """Print the cosine per layer of every model over all data sets; with --plot, draw it."""
     lines = {}
-    for name, lm in speech_lms(args, cfg, sets.values()):
+    for name, lm in speech_lms(args):
         lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
     rows = [[str(l), *(f"{mean[l - 1]:.4f} +- {half[l - 1]:.4f}" for mean, half in lines.values())] for l in layers]
@@ -330,26 +314,23 @@ def draw(lines, x_label, y_label, path):
 
 # ==== 5. Curves over training =========================================================================================
 def curves(args):
-    """Plot rewards, accuracy in roll-outs and on the evaluation set, and MRR over steps; print where time went."""
+    """Plot rewards, accuracy in roll-outs and on the evaluation set, and MRR over steps."""
     plt = pyplot()
-    figure, axes = plt.subplots(3, 4, figsize=(17, 10), constrained_layout=True)
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7), constrained_layout=True)
     panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"),
-              ("beh_speech", "R_beh (cosine)"), ("reward_text", "reward of written answers"),
+              ("beh_speech", "R_beh (cosine)"), ("entropy_speech", "entropy of spoken answers"),
               ("acc_speech", "spoken accuracy, %"), ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"),
-              ("length_speech", "length of spoken answers"), ("entropy_speech", "entropy of spoken answers"),
-              ("kl", "KL to the base model"), ("clipped", "share of clipped tokens"), ("padding", "computed / needed"))
+              ("length_speech", "length of spoken answers"))
     for folder in args.curves:
         log, summary = read_run(folder)
         base_text = summary["base_text"]
-        print(f"{folder}{cost_table(log)}\n")
         for axis, (key, label) in zip(axes.flat, panels):
-            points = [(line["step"], line["acc_speech"] / base_text if key == "mrr" else line[key])
-                      for line in log if key == "mrr" or key in line]  # KL is not in every line
-            steps, values = np.array(points).reshape(-1, 2).T
+            points = [(line["step"], line["acc_speech"] / base_text if key == "mrr" else line[key]) for line in log]
+            steps, values = np.array(points).T
             if not values.any():  # a reward that this run did not compute
                 continue
             values = values * (100 if key == "mrr" or key.startswith("acc") else 1)
-            window = 1 if key == "kl" else min(20, len(values))
+            window = min(20, len(values))
             smooth = np.convolve(values, np.ones(window) / window, "valid")
             drawn = axis.plot(steps[window - 1 :], smooth, label=Path(folder).name)[0]
             axis.set(xlabel="step", ylabel=label)
@@ -359,7 +340,7 @@ def curves(args):
                 axis.plot(*zip(*[(step, 100 * value) for step, value in points]), "o", color=drawn.get_color())
     axes.flat[0].legend()
     figure.suptitle("Lines: roll-outs at the training temperature, mean of 20 steps. Dots: greedy, evaluation set.")
-    save(figure, args.plot)
+    save(figure, args.plot or "curves.png")
 
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; from 15 on they are near 2.1.
@@ -386,8 +367,8 @@ def accuracy_curve(log, summary, modality):
 
 def read_groups(folders):
     """Finished runs by the settings in which they differ: {settings: {seed: (log, summary)}}, plain GRPO first, else as
-    given. Unfinished ones are named. Raises UserError for a run whose base model or data are not those of its seed's
-    other runs, or whose number of steps is not that of the others.
+    given. Unfinished ones are named. A run whose base model or data are not those of its seed's other runs, or whose
+    number of steps is not that of the others, is refused.
     """
     runs, groups, first = [], {}, {}
     for folder in folders:
@@ -403,14 +384,14 @@ def read_groups(folders):
         shown = [f"{f.name} {value:g}" if f.type is float else f"{f.name} {value}" for f, value in values
                  if f.type in (int, float) or value != f.default]  # a name or a switch only where it is unusual
         group = groups.setdefault(", ".join(shown) or "default", {})
-        content, steps = summary.get("content"), log[-1]["step"]
+        content, steps = (cfg.model, summary["content"]), log[-1]["step"]
         fits = content == first.setdefault(cfg.seed, content) and steps == first.setdefault("steps", steps)
         if cfg.seed in group or not fits:
-            raise UserError(f"--compare: {folder} does not fit the other runs of seed {cfg.seed}: its base model, data "
-                            "or number of steps differ, or nothing does")
+            raise SystemExit(f"--compare: {folder} does not fit the other runs of seed {cfg.seed}: its base model, data"
+                             " or number of steps differ, or nothing does")
         group[cfg.seed] = log, summary
     if not groups:
-        raise UserError("--compare: none of the folders holds a finished run")
+        raise SystemExit("--compare: none of the folders holds a finished run")
     return groups
 
 
@@ -450,84 +431,49 @@ def compare_runs(args):
         draw(bands, "step", "accuracy, %", args.plot)
 
 
-def cost_table(log):
-    """Where a run's time went, from the lines of its log.jsonl."""
-    phases = {name.removeprefix("seconds_"): [line[name] for line in log] for name in log[0] if "seconds_" in name}
-    phases["whole steps"] = [line["seconds"] for line in log]
-    total = sum(phases["whole steps"])
-    rows = [f"{name:<14}{sum(s):>10.1f}{np.median(s):>16.3f}{100 * sum(s) / total:>9.1f}" for name, s in phases.items()]
-    return "\n".join([f"\n{'phase':<14}{'seconds':>10}{'median a step':>16}{'share %':>9}", *rows,
-                      f"{sum(line['tokens'] for line in log) / total:.0f} sampled tokens a second, peak memory "
-                      f"{max(line['peak_gib'] or math.nan for line in log):.2f} GiB"])
-
-
 def read_run(run):
-    """The lines of a run's log and its summary. Raises UserError if they are not there."""
-    try:
-        summary = Path(run) / "summary.json"
-        log = read_lines(Path(run) / "log.jsonl", "step", "seconds")
-        if not log:
-            raise UserError(f"{run}/log.jsonl is empty: give the --out directory of a finished run")
-        return log, parse_json(summary.read_text(), summary, "base_speech", "base_text", "speech", "text")
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist: give the --out directory of a finished run") from error
+    """The lines of a finished run's log, and its summary."""
+    return read_lines(Path(run) / "log.jsonl"), json.loads((Path(run) / "summary.json").read_text())
 
 
 def pyplot():
-    """matplotlib.pyplot without a screen. Raises UserError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("a figure needs matplotlib: pip install matplotlib") from error
+    """matplotlib.pyplot without a screen."""
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
     return matplotlib.pyplot
 
 
-def check_plot(path):
-    """Raise UserError if no figure can be written to `path`, before anything is measured."""
-    if Path(path).suffix[1:] not in pyplot().gcf().canvas.get_supported_filetypes() or Path(path).is_dir():
-        raise UserError(f"--plot {path}: give a file such as layers.png")
-    check_writable(Path(path).parent, "--plot")
-
-
 def save(figure, path):
-    """Save a figure. Raises UserError if it cannot be written."""
-    write_aside(Path(path), lambda aside: figure.savefig(aside, format=Path(path).suffix[1:], dpi=150,
-                                                         bbox_inches="tight"))
+    """Save a figure."""
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"figure: {path}")
 
 
 # ==== 6. --explain: one group worked through, equation by equation ====================================================
-def recorded(function, results):
-    """The same function; what it returns is also appended to `results`."""
-
-    def call(*args, **kwargs):
-        results.append(function(*args, **kwargs))
-        return results[-1]
-
-    return call
-
-
 def explain(args):
     """What one training step computes for the first question, each equation with its numbers, within 100 columns.
     Settings, and the adapter once it is saved, are those of the run args.explain; without one, those of args.model.
     """
-    cfg = settings_of(args.explain) if args.explain else parse_config(["--model", args.model], not_built)
+    cfg = settings_of(args.explain) if args.explain else parse_config(["--model", args.model])
     lm, question = SpeechLM.from_pretrained(cfg.model), load_questions(cfg.data)[0]
-    embedder, extract = load_embedder(cfg, lm.device), load_extractor(cfg, lm.device)
+    embedder, extract = load_embedder(cfg), load_extractor(cfg)
     trained = args.explain and (Path(args.explain) / "adapter_config.json").exists()
     if trained:
         load_adapter(lm, args.explain)
     else:
         attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
     nothing = torch.optim.SGD([p for p in lm.model.parameters() if p.requires_grad], lr=0.0)
-    lm.rollout, lm.forward = recorded(lm.rollout, rollouts := []), recorded(lm.forward, passes := [])
     generator = torch.Generator(lm.device).manual_seed(cfg.seed)
     _, group = train_step(lm, [question], embedder, extract, nothing, cfg, generator)
 
-    (ids, mask, truncated), (logps, states) = rollouts[0], passes[0]  # [1, M, G/2, ...]
+    generator.manual_seed(cfg.seed)  # the same answers once more, for what the step does not return
+    prompts = lm.embed_prompts([question])
+    ids, mask, truncated = lm.rollout(prompts, cfg.group_size // 2, cfg.max_new_tokens, cfg.temperature, generator)
+    with torch.no_grad():
+        logps, states = lm.score(prompts, ids, mask, cfg.temperature)  # [1, M, G/2, C], [1, M, G/2, L, H]
     speech, text = group["speech"], group["text"]
     answers = {f"S{s + 1}": answer for s, answer in enumerate(speech)} | {f"T{s + 1}": a for s, a in enumerate(text)}
     letters, *_ = judge([question], [answer["completion"] for answer in answers.values()], extract)
@@ -547,9 +493,10 @@ def explain(args):
     if cfg.alpha:
         weights = layer_weights(cfg.layers, states.shape[-2])  # [L]
         used = weights.nonzero()[:, 0].tolist()
-        y_star = reference_features(states, torch.tensor([[a["reference"] for a in speech]], device=lm.device))
+        references = torch.tensor([[a["reference"] for a in speech]], device=lm.device)
+        y_star = reference_features(states[:, TEXT], references)  # [1, G/2, L, H]
         alone = torch.eye(len(weights), device=lm.device)  # [L, L], the weights that take one layer alone
-        by_layer = {layer: representation_reward(states, y_star, alone[layer])[0, 0].tolist()
+        by_layer = {layer: representation_reward(states[:, SPEECH], y_star, alone[layer])[0].tolist()
                     for layer in sorted({used[0], used[len(used) // 2], used[-1]})}
         show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
              [f"{pair}  " + "  ".join(f"layer {layer + 1} {cosines[s]:.3f}" for layer, cosines in by_layer.items()) +
@@ -569,12 +516,12 @@ def explain(args):
     # The token whose loss is shown: from the middle of the answer with the largest advantage.
     name, answer = max(answers.items(), key=lambda item: abs(item[1]["advantage"]))
     best, A = list(answers).index(name), answer["advantage"]
-    n_tokens = 1 / token_weights(mask, truncated=truncated).max()
+    n_tokens = 1 / token_weights(mask, truncated).max()
     token = int(mask.flatten(0, 2)[best].sum()) // 2
     word, logp = lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item()), logps.flatten(0, 2)[best, token].item()
     low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
-    value = {rho: grpo_loss(torch.tensor([math.log(rho)]), torch.zeros(1), torch.tensor(A), torch.ones(1), cfg.eps_low,
-                            cfg.eps_high, 1 / n_tokens) for rho in (1, high + 0.22)}
+    value = {rho: grpo_loss(torch.tensor([math.log(rho)]), torch.zeros(1), torch.tensor(A), 1 / n_tokens, cfg.eps_low,
+                            cfg.eps_high) for rho in (1, high + 0.22)}
     show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
          [f"  token {token + 1} of {name}, {word!r}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
           f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens:.0f} = {value[1]:+.5f}",
@@ -589,13 +536,8 @@ def show(title, function, rows):
 
 
 def settings_of(folder):
-    """The settings of a run, from its config.json. Raises UserError if there is none."""
-    file = Path(folder) / "config.json"
-    if not file.exists():
-        raise UserError(f"{folder} holds no config.json: give the --out directory of a run")
-    cfg = Config(**read_settings(file, config_parser()))
-    check(cfg)
-    return cfg
+    """The settings of a run, from its config.json."""
+    return Config(**json.loads((Path(folder) / "config.json").read_text()))
 
 
 # ==== 7. --random-weights: does a run fit the GPU? ====================================================================
@@ -621,21 +563,38 @@ def byte_tokenizer(family):
 def with_random_weights(path):
     """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
     `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
-    Answers never end by themselves. Raises UserError for another name.
+    Answers never end by themselves.
     """
-    family = family_of(path)[0] if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
+    family = family_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
     if family is None:
         names = " or ".join(f.repository for f in FAMILIES)
-        raise UserError(f"--random-weights {path}: give {names}, or a directory with a config.json")
+        raise SystemExit(f"--random-weights {path}: give {names}, or a directory with a config.json")
     config_class = family.model_class.config_class
     model_settings, extractor_settings = HUB_SETTINGS[family]
     config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**model_settings)
     with torch.device(DEVICE):
-        model = family.model_class._from_config(config, dtype=DTYPE, attn_implementation="folded")
-    feature_extractor = family.feature_extractor_class(**extractor_settings)
-    lm = SpeechLM(family, to_device(model, family), byte_tokenizer(family), feature_extractor)
+        model = family.model_class._from_config(config, dtype=torch.bfloat16 if DTYPE == "auto" else DTYPE)
+    lm = SpeechLM(family, model, byte_tokenizer(family), family.feature_extractor_class(**extractor_settings))
     lm.eos_ids = lm.eos_ids[:0]
     return lm
+
+
+def timed(method, seconds, phase):
+    """The same method; the seconds it takes are added to seconds[phase]."""
+    def call(*args, **kwargs):
+        start = clock()
+        result = method(*args, **kwargs)
+        seconds[phase] = seconds.get(phase, 0.0) + clock() - start
+        return result
+
+    return call
+
+
+def clock():
+    """Seconds, when all that was asked of the GPU is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def random_weights(args):
@@ -645,8 +604,7 @@ def random_weights(args):
     given = ("questions_per_step", "group_size", "max_new_tokens", "tokens_per_micro_batch")
     given = {name: value for name in given if (value := getattr(args, name)) is not None}
     cfg = Config(model=args.random_weights, **given)
-    check(cfg)
-    lm, seconds = with_random_weights(cfg.model), args.audio_seconds or 60
+    lm, seconds = with_random_weights(cfg.model), args.audio_seconds
     if args.mean_tokens:  # one token in so many ends an answer: the distribution over tokens is nearly uniform
         lm.eos_ids = torch.arange(0, lm.model.lm_head.out_features, args.mean_tokens, device=lm.device)
     rng = np.random.default_rng(cfg.seed)
@@ -654,48 +612,51 @@ def random_weights(args):
     # Written, a question of the paper's takes 340 tokens, and 73 s read aloud.
     questions = [{"key": f"noise-{i}", "question": "word " * int(340 / 73 / 5 * seconds), "options": list(LETTERS),
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
-    optimizer, generator = make_trainable(lm, cfg)
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    length = f"{cfg.max_new_tokens} tokens each"
-    length = f"at most {length}, {args.mean_tokens} on average" if args.mean_tokens else length
-    print(f"{len(lm.decoder.layers)} layers in {str(DTYPE).removeprefix('torch.')} on the {device}: {len(questions)} "
-          f"questions, clips of {seconds:g} s, {cfg.group_size} answers of {length}")
+    optimizer, generator = make_trainable(lm, cfg), torch.Generator(lm.device).manual_seed(cfg.seed)
+    length = f"at most {cfg.max_new_tokens} tokens" + (f", {args.mean_tokens} on average" if args.mean_tokens else "")
+    print(f"{len(lm.decoder.layers)} layers: {len(questions)} questions, clips of {seconds:g} s, {cfg.group_size} "
+          f"answers of {length}")
+    methods = {"embed": "embed_prompts", "rollout": "rollout", "forward": "score"}
+    print("".join(f"{name:>15}" for name in ("step", *methods, "backward, rest", "total s", "tokens/s", "peak GiB")))
+    plain = {name: getattr(lm, name) for name in methods.values()}
     for step in range(2):
+        phases, start = {}, clock()
+        for phase, name in methods.items():
+            setattr(lm, name, timed(plain[name], phases, phase))
         metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
-        phases = {name.removeprefix("seconds_"): s for name, s in metrics.items() if name.startswith("seconds_")}
-        seconds = sum(phases.values())
-        if step == 0:
-            print("".join(f"{name:>11}" for name in ("step", *phases, "total s", "tokens/s", "peak GiB")))
-        print(f"{step + 1:>11}" + "".join(f"{s:>11.2f}" for s in (*phases.values(), seconds)) +
-              f"{metrics['tokens'] / seconds:>11.0f}{peak_memory(lm.device):>11.2f}", flush=True)
+        total = clock() - start
+        tokens = sum(metrics[f"length_{m}"] for m in MODALITIES) * len(questions) * cfg.group_size / 2
+        peak = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        numbers = (*phases.values(), total - sum(phases.values()), total, tokens / total, peak / 2**30)
+        print(f"{step + 1:>15}" + "".join(f"{x:>15.2f}" for x in numbers), flush=True)
 
 
 # ==== 8. The command line =============================================================================================
 def main(arguments=None):
     """Parse the command line and run one of the measurements."""
-    parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default, help in (
         ("--model", "runs/demo/model", "base model"),
         ("--out", "runs/eval", "where every answer is kept"),
         ("--extractor", "regex", "answer extractor, `regex` or an xFinder model"),
+        ("--audio-seconds", 60.0, "with --random-weights: length of its clips"),
     ):
-        parser.add_argument(flag, default=default, metavar="", help=f"{help} [{default}]")
+        parser.add_argument(flag, default=default, type=type(default), metavar="", help=f"{help} [{default}]")
     for flag, kind, help in (
-        ("--limit", number(int, "[0, inf)"), "only the first so many questions of each data set; 0 means all [0]"),
-        ("--max-new-tokens", number(int, "[1, inf)"), "longest completion [the model's own, else 1024]"),
-        ("--eval-batch", number(int, "[1, inf)"), "questions per batch [the model's own, else 32]"),
-        ("--base-text-accuracy", number(float, "(0, 100]"), "MRR's denominator in percent [measured, of the base]"),
+        ("--limit", int, "only the first so many questions of each data set [all]"),
+        ("--max-new-tokens", int, "longest completion [the model's own, else 1024]"),
+        ("--eval-batch", int, "questions per batch [the model's own, else 32]"),
+        ("--base-text-accuracy", float, "MRR's denominator in percent [measured, of the base]"),
         ("--cascade", str, "a Whisper model that transcribes the clips for the base model's text branch"),
         ("--ask", str, "a clip, or a written question with its options, that the models answer"),
-        ("--agree", str, "an xFinder, to compare with the regular expressions on the answers kept in --out"),
         ("--plot", str, "file of the figure, such as layers.png"),
         ("--random-weights", str, "two training steps of this architecture on noise: seconds a phase, peak memory"),
-        ("--questions-per-step", number(int, "[1, inf)"), "with --random-weights: B [8]"),
-        ("--group-size", number(int, "[4, inf)"), "with --random-weights: G [8]"),
-        ("--tokens-per-micro-batch", number(int, "[1, inf)"), "with --random-weights: as in tars.py [16384]"),
-        ("--mean-tokens", number(int, "[2, inf)"), "with --random-weights: an answer's mean length [all are cut]"),
-        ("--audio-seconds", number(float, "[0.1, 300]"), "with --random-weights: length of its clips [60]"),
+        ("--questions-per-step", int, "with --random-weights: B [8]"),
+        ("--group-size", int, "with --random-weights: G [8]"),
+        ("--tokens-per-micro-batch", int, "with --random-weights: as in tars.py [16384]"),
+        ("--mean-tokens", int, "with --random-weights: an answer's mean length [all are cut]"),
     ):
         parser.add_argument(flag, type=kind, metavar="", help=help)
     for flag, help in (("--adapter", "--out directories of tars.py [runs/tars with the demo's model]"),
@@ -706,22 +667,21 @@ def main(arguments=None):
         parser.add_argument(flag, action="store_true", help=help)
     parser.add_argument("--explain", nargs="?", const="", metavar="RUN", help="one group, equation by equation")
     args = parser.parse_args(arguments)
-    args.plot = args.plot or ("curves.png" if args.curves else None)
-    if args.plot:
-        check_plot(args.plot)
     if args.random_weights:
         return random_weights(args)
-    if args.explain is not None:
-        return explain(args)
     if args.compare:
         return compare_runs(args)
     if args.curves:
         return curves(args)
-    own = [f"--{flag.replace('_', '-')}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")
+    if args.model == Config.model and not Path(args.model).exists():  # an untrained demo is not worth measuring
+        raise SystemExit(f"{args.model} does not exist: run `python tars.py` first, or give --model")
+    if args.explain is not None:
+        return explain(args)
+    own = [f"--{flag}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")
            if (value := getattr(args, flag)) is not None]
-    cfg = parse_config(own, not_built)
+    cfg = parse_config(own)
     if args.adapter is None:
-        args.adapter = ["runs/tars"] if args.model == "runs/demo/model" else []
+        args.adapter = ["runs/tars"] if args.model == Config.model else []
     if args.ask:
         return ask(args, cfg)
     sets, paths = {}, {Path(path).resolve(): path for path in args.data or [cfg.eval_data]}  # each once
@@ -730,15 +690,8 @@ def main(arguments=None):
         questions = load_questions(shown)
         questions = questions.select(range(min(args.limit or len(questions), len(questions))))
         sets[path.name if names.count(path.name) == 1 else shown] = questions  # two folders of one name are told apart
-    if args.agree:
-        return agreement(args, cfg, sets)
     (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)
 
 
-def not_built(folder):
-    """In place of parse_config's build_demo: an untrained demo is not worth measuring."""
-    raise UserError(f"{folder} does not exist: run `python tars.py` first, or give --model")
-
-
 if __name__ == "__main__":
-    run("eval.py", main)
+    main()
