@@ -50,7 +50,6 @@ import textwrap
 import time
 import wave
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -554,8 +553,6 @@ def paired_rows(prompt_lengths, is_token):
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at zero: at first y = W x."""
 
-    enabled = True
-
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear, self.scale = linear, alpha / rank
@@ -565,20 +562,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x [..., in] -> [..., out]."""
-        if not LoRALinear.enabled:
-            return self.linear(x)
         delta = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)
         return self.linear(x) + delta.to(x.dtype)  # A and B are float32 also beside bfloat16 weights
-
-
-@contextmanager
-def without_lora():
-    """Within this context every LoRALinear is its frozen layer: the base model, without loading it twice."""
-    LoRALinear.enabled = False
-    try:
-        yield
-    finally:
-        LoRALinear.enabled = True
 
 
 def attach_lora(lm, rank, alpha):
@@ -596,23 +581,72 @@ def attach_lora(lm, rank, alpha):
 
 
 # ==== 6. Answer extractor, Eq. (3), and sentence embedder E, Eq. (6) ==================================================
+# What opens a statement: the answer follows, or there is none; the answer may follow. What may stand before a letter.
+ANNOUNCED = (r"(?i)\b(?:answer|solution|(?:correct|right|best) (?:option|choice|one))\b[^.:=\n]{,60}?(?:\b(?:is|be)\b|[:=])"
+             r"(?! (?:correct|right|based)\b)")
+POINTED = (r"(?i)\b(?:choose|pick|select|say|meant|leaves|go with|points to|corresponds to|matches|it's|it is|(?:must|has to) be)\b|"
+           r"\b(?=[A-D]\b[^,;.\n]{,40}? is (?:the )?(?:only |most )?(?:correct|right|best|answer)\b)")
+FILLED = (r"(?i)(?:[\s:(\[]|\b(?:so|thus|therefore|hence|no(?=,)|actually|indeed|only|just|most|likely|probably|that|"
+          r"option|choice|letter|answer)\b,?)*")
+# What denies or doubts a statement that it precedes. What takes an earlier one back.
+HEDGED = (r"(?i)\b(?:if|whether|doubt|disagree|says|believes|might|may|could|maybe|perhaps|either|unlikely|hardly|least|not|never|"
+          r"cannot|neither|nobody|incorrect|wrong|except|but)\b|n't\b")
+RETRACTED = (r"(?i)^\W*(?:no,? |oh,? )?wait\b|\bnot (?:sure|certain)\b|\b(?:second thought|mistake|forget)\b|\bedit:|"
+             r"\b(?:that|this|it|which|so [A-D])(?:'s| is| was) (?:wrong|incorrect|not (?:correct|right))\b")
+# What may follow an option's words, or a letter.
+ENDS = r"(?=\W*$|[)\].:!]+(?:\s|$)|,? (?:because|since|as|which|is|was|for|with|in|due|not|the|and it)\b| [–—-] )"
+LETTER = (rf"([A-Z]|a(?=[).])|[b-d](?=[).,:;]|\W*$))(?![\w'+#/&°*-]|\.\w|\W*(?:or|and)\b)(?:{ENDS}| ?\()")
+
+
+def option_at(text, options, ends=ENDS):
+    """The letter of the option whose words a text begins with, of several the longest; "" if none or two do."""
+    words = ["(?:an? |the )?" + r"\s*".join(map(re.escape, "".join(option.split()))) for option in options]
+    for case in ("", "(?i)"):
+        found = {letter: len(m[0]) for letter, word in zip(LETTERS, words) if (m := re.match(case + word + ends, text))}
+        longest = [letter for letter in found if found[letter] == max(found.values())]
+        if len(longest) == 1:
+            return longest[0]
+    return ""
+
+
 def extract_answer(completion, options):
-    """The letter of the option that an output chooses; None if it names none or more than one: never a guess.
-    What counts stands after the thought, in <answer> tags if there are any: the letter after "answer is", else a
-    letter that stands alone, else the words of one option.
+    """The letter of the option that an output plainly chooses in its last statement, else None: never a guess.
+    A statement is a letter or an option's words after "the answer is" or the like, "B is correct", or a line that is a
+    letter, alone or with its option's words. A list of options states nothing. Denied, doubted, asked, taken back, two
+    letters, a letter that is no option or stands beside another option's words: None.
     """
-    if "<think>" in completion and "</think>" not in completion:
+    text = re.split("(?i)</think>", completion)[-1]
+    if "<think>" in text.lower():
         return None  # a thought that does not end has no answer
-    text = re.sub(r"[*$`]|\\boxed|\\text", "", completion.split("</think>")[-1])
-    text = " ".join(re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.DOTALL) or [text])
-    options = [option.lower().strip(" .") for option in options]
-    for form in (r"answer(?: is)?:? *(?:option *)?[({[]*([A-D])\b(?! \w)", r"^\W*(?:option *)?([A-D])\b(?! \w)"):
-        letters = {*re.findall(form, text, re.IGNORECASE | re.MULTILINE)}
-        if letters:
-            return letters.pop().upper() if len(letters) == 1 else None
-    said = re.sub(r"(?i).*answer is:? *", "", text, flags=re.DOTALL).lower().strip(" .\n")
-    letters = [letter for letter, option in zip(LETTERS, options) if option == said]
-    return letters[0] if len(letters) == 1 else None
+    text = "\n".join(re.findall(r"(?is)<answer>(.*?)(?=</?answer|$)", text) or [text])
+    markup = r"</?\w+>|\\[()\[\]]|\\(?:text|math|d?frac)\w*|(?m:^#+ |^\s*\d+[.)](?= ))|[*_`$\\{}\"“”]|(?<=\d),(?=\d{3})"
+    text, *options = (re.sub(markup, "", x.replace("’", "'").replace(r"\boxed", "answer: ")) for x in (text, *options))
+    options = [re.sub(r"(?i)^(?:an?|the) ", "", option.strip(" .\n")) for option in options]
+    chosen = option_at(text.strip(), options, r"[\s.!]*$")
+    text = re.sub(r"(?m)^.*\bA[.):] .*\bB[.):] .*\bC[.):] .*$", "", text)  # a list of options in one line
+    text = re.sub(r"(?i)(\b(?:answer|is):?)\W*\n+(?!.*\n\W*[A-D][.):])", r"\1: ", text)  # a heading and what it heads
+    label = r"(?im)^\W*(?:Option )?([A-D])(?:[.):].*|\W*)$"
+    text = re.sub(label, "", text) if len({*re.findall(label, text.upper())}) > 1 else text  # a list, cut or whole
+    clauses = r"(?i)\n|(?<=[.!?;])(?<!\b[A-D]\.)\s+|[.,] (?=(?:so|but|therefore|thus|hence|oh|wait|no)\b)"
+    for clause in re.split(clauses, text):
+        announced, pointed = ([None, *re.finditer(form, clause)][-1] for form in (ANNOUNCED, POINTED))
+        opening = announced or pointed
+        named = clause[opening.end() if opening else 0 :]
+        named = named[re.match(FILLED, named).end() :]
+        letter = re.match(LETTER, named)
+        said, behind = option_at(named, options), named[letter.end() :] if letter else named
+        beside = option_at(re.sub(r"^[\s).,:;(\]]*(?:[–—-] |which is )?", "", behind), options)
+        if letter and (letter[1].upper() in LETTERS or not said):
+            said = letter[1].upper() if letter[1].upper() in (said or beside or LETTERS) else ""
+        elif not opening:
+            said = ""
+        stated = announced or said and (opening or beside or re.match(r"\W*(?:because|since|$)", behind))
+        asked = clause.endswith("?") and not re.match(r"\.\s", behind)
+        if re.search(RETRACTED, clause) or stated and (re.search(HEDGED, clause.removesuffix(named)) or asked):
+            chosen = ""
+        elif stated:
+            chosen = said
+    return chosen or None
 
 
 def extract_answers(questions, completions):
@@ -1008,13 +1042,9 @@ def save_adapter(lm, cfg):
     })
 
 
-LOGS = ("log.jsonl", "samples.jsonl")
-
-
 def save_checkpoint(optimizer, state, cfg):
     """Write `state` with trained weights, AdamW's moments and the sizes of the logs."""
-    logs = [Path(cfg.out) / name for name in LOGS]
-    sizes = {log.name: log.stat().st_size for log in logs if log.exists()}
+    sizes = {log.name: log.stat().st_size for log in Path(cfg.out).glob("*.jsonl")}
     trained = [p.data for p in optimizer.param_groups[0]["params"]]
     torch.save(state | {"sizes": sizes, "trained": trained, "optimizer": optimizer.state_dict()}, buffer := BytesIO())
     write_aside(Path(cfg.out) / "checkpoint.pt", buffer.getvalue())
@@ -1107,9 +1137,8 @@ def main(arguments=None):
     out.mkdir(parents=True, exist_ok=True)
     save_checkpoint(optimizer, state, cfg)
     write_json(out / "config.json", asdict(cfg))
-    if not state["before"]:
-        with without_lora():
-            state["before"] = evaluate(lm, eval_questions, extract, cfg)
+    if not state["before"]:  # LoRA's B is still 0: this is the base model
+        state["before"] = evaluate(lm, eval_questions, extract, cfg)
         save_checkpoint(optimizer, state, cfg)
     train(lm, questions, eval_questions, embedder, extract, optimizer, state, cfg)
     before, after = state["before"], state["after"]
