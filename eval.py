@@ -41,8 +41,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
-from tars import DEVICE, DTYPE, FAMILIES, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
-from tars import LoRALinear, NGramEmbedder, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line
+from tars import BFLOAT16, DEVICE, FAMILIES, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
+from tars import LoRALinear, embed_ngrams, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line
 from tars import attach_lora, by_length, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
 from tars import load_extractor, load_questions, make_trainable, modality_advantages, modality_recovery_rate, pad_left
 from tars import parse_config, positions
@@ -573,7 +573,7 @@ def with_random_weights(path):
     model_settings, extractor_settings = HUB_SETTINGS[family]
     config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**model_settings)
     with torch.device(DEVICE):
-        model = family.model_class._from_config(config, dtype=torch.bfloat16 if DTYPE == "auto" else DTYPE)
+        model = family.model_class._from_config(config, dtype=torch.bfloat16 if BFLOAT16 else torch.float32)
     lm = SpeechLM(family, model, byte_tokenizer(family), family.feature_extractor_class(**extractor_settings))
     lm.eos_ids = lm.eos_ids[:0]
     return lm
@@ -623,7 +623,7 @@ def random_weights(args):
         phases, start = {}, clock()
         for phase, name in methods.items():
             setattr(lm, name, timed(plain[name], phases, phase))
-        metrics, _ = train_step(lm, questions, NGramEmbedder(), extract_answers, optimizer, cfg, generator)
+        metrics, _ = train_step(lm, questions, embed_ngrams, extract_answers, optimizer, cfg, generator)
         total = clock() - start
         tokens = sum(metrics[f"length_{m}"] for m in MODALITIES) * len(questions) * cfg.group_size / 2
         peak = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else resource.getrusage(

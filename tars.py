@@ -2,23 +2,24 @@
 
 "Closing the Modality Reasoning Gap for Speech Large Language Models", Wang et al., arXiv 2601.05543, ACL 2026.
 
-A speech LLM (audio encoder -> projector -> text LLM) answers a spoken question worse than the same question in writing.
-Its hidden states drift away from those of the written run, layer by layer, and its chain of thought drifts with them.
-TARS lets the model answer each question G times, half from speech and half from text: a group. Every answer earns a
-task reward. A spoken answer also earns two dense rewards for staying close to a *correct* written answer of its group:
-close in its hidden states, and close in what it says. This reference comes from the model itself and improves with it.
-Advantages are centred within each modality, and a GRPO step with DAPO's clipping updates LoRA weights of the LLM. The
-dense rewards matter because they still differ when every spoken answer of a group is wrong.
+A speech LLM (audio encoder -> projector -> text LLM) answers a spoken question worse than the same
+question in writing. Its hidden states drift away from those of the written run, layer by layer, and its
+chain of thought drifts with them. TARS lets the model answer each question G times, half from speech and
+half from text: a group. Every answer earns a task reward. A spoken answer also earns two dense rewards for
+staying close to a *correct* written answer of its group: close in its hidden states, and close in what it
+says. This reference comes from the model itself and improves with it. Advantages are centred within each
+modality, and a GRPO step with DAPO's clipping updates LoRA weights of the LLM. The dense rewards matter
+because they still differ when every spoken answer of a group is wrong.
 
-  spoken prompt  -->  G/2 spoken answers   -->  R_base + alpha R_rep + beta R_beh  -->  R - mean of speech  --+
-                                                         (states)     (text)                                  |
-                                                            ^            ^                                    +--> loss
-                        y*, a correct one for each  --------+------------+                                    |
-                                       ^                                                                      |
-  written prompt -->  G/2 written answers  -->  R_base                             -->  R - mean of text    --+
+  spoken prompt  --> G/2 spoken answers  --> R_base + alpha R_rep + beta R_beh --> R - mean of speech --+
+                                                      (states)     (text)                             |
+                                                         ^            ^                               +--> loss
+                     y*, a correct one for each  --------+------------+                               |
+                                    ^                                                                 |
+  written prompt --> G/2 written answers --> R_base                            --> R - mean of text   --+
 
-B questions, M modalities (0 speech, 1 text), G samples of a question (G/2 per modality), P prompt and C completion
-tokens, T tokens, N rows of any kind, L layers, H hidden size, V vocabulary, D size of a sentence embedding.
+B questions, M modalities (0 speech, 1 text), G samples of a question (G/2 per modality), P prompt and
+C completion tokens, T tokens, N rows of any kind, L layers, H hidden size, V vocabulary, D size of E.
 
   Eq.   function                  what it is                                         test in test_tars.py
   (1)   modality_recovery_rate    speech accuracy as a share of the text backbone's  test_eq1_*
@@ -31,9 +32,8 @@ tokens, T tokens, N rows of any kind, L layers, H hidden size, V vocabulary, D s
   loss  token_weights, grpo_loss  clipped surrogate over the tokens of the batch     test_loss_*
   all   train_step                one step of the algorithm, numbered                test_step_*
 
-Where paper and official code differ, the paper is followed (README has the table). Chosen here: LoRA has no dropout, so
-that roll-out and update see one policy; pooling includes the end-of-turn; one forward pass gives log-probs and hidden
-states; a function extracts the answer (the paper: xFinder, here `--extractor`); a cut answer is never a reference y*.
+Where paper and official code differ, the paper is followed; README has the table. Chosen here: LoRA has no
+dropout, pooling includes the end-of-turn, regular expressions extract the answer, no cut answer is a y*.
 
   python tars.py                                       # the whole method, offline on a laptop
   python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR
@@ -67,57 +67,54 @@ import transformers
 from safetensors.torch import load_file, save
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
 MODALITIES = ("speech", "text")
 SPEECH, TEXT = 0, 1
 LETTERS = "ABCD"
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by torchrun
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NATIVE = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-DTYPE = "auto" if NATIVE else torch.float32  # the checkpoint's own; a GPU without bfloat16 would emulate it
-transformers.logging.set_verbosity_error()  # what it would warn of while loading, load_model refuses
+BFLOAT16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # no T4, no V100
+transformers.logging.set_verbosity_error()  # what it warns of while loading, load_model refuses
 
 
-# ==== 1. Config: the paper's Table 5 ==================================================================================
+# ==== 1. Config: the paper's Table 5 ====
 def setting(default, meaning, paper=""):
-    """One Config field: default, meaning, place in the paper. transformers.HfArgumentParser makes a flag of each."""
+    """One Config field: default, meaning, place in the paper. HfArgumentParser makes a flag of it."""
     return field(default=default, metadata={"help": f"{meaning} [{paper}]" if paper else meaning})
 
 
 @dataclass
 class Config:
-    """Every hyper-parameter; its default is the paper's value where a place is given. The flags are these fields.
-    A model directory may hold a tars_config.json. Its settings replace these defaults, and flags replace both.
+    """Every hyper-parameter, and a flag for each. The default is the paper's where a place is given.
+    A model directory may hold a tars_config.json. Its settings replace the defaults, and flags replace both.
     """
 
     # what to train on
-    model: str = setting("runs/demo/model", "model directory or hub name", "the paper: Qwen2.5-Omni-7B, Phi-4-MM")
-    data: str = setting("runs/data/train", "training questions, written by data_prep.py", "the paper: 9,953 of MMLU")
-    eval_data: str = setting("runs/data/test", "held-out questions, likewise", "the paper: VoiceBench MMSU and OBQA")
+    model: str = setting("runs/demo/model", "directory or hub name", "the paper: Qwen2.5-Omni-7B, Phi-4-MM")
+    data: str = setting("runs/data/train", "training questions, written by data_prep.py", "paper: 9,953 of MMLU")
+    eval_data: str = setting("runs/data/test", "held-out questions, likewise", "VoiceBench MMSU, OBQA")
     out: str = setting("runs/tars", "directory for adapter, logs and summary")
     seed: int = setting(0, "seed of LoRA's weights, data order, sampling and references")
     # roll-out
     questions_per_step: int = setting(8, "B, questions per optimizer step", "Table 5: 64 completions")
-    group_size: int = setting(8, "G, completions per question: half from speech, half from text", "Table 5")
+    group_size: int = setting(8, "G, completions per question, half from speech", "Table 5")
     max_new_tokens: int = setting(1024, "longest completion; a cut one is masked out of the loss", "Table 5")
     temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "Table 5")
     # rewards and advantages
     alpha: float = setting(1.0, "weight of R_rep", "Eq. (2)")
-    beta: float = setting(1.0, "weight of R_beh (not GRPO's KL weight: there is no KL term)", "Eq. (2)")
+    beta: float = setting(1.0, "weight of R_beh; there is no KL term", "Eq. (2)")
     lam: float = setting(0.5, "lambda, weight of R_fmt", "Eq. (3)")
-    layers: str = setting("all", "layers in R_rep, `all` or a range counted from 1 such as 11-20", "Eq. (5), Figure 3")
-    embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a sentence-embedding model, or `ngrams`", "Eq. (6)")
+    layers: str = setting("all", "layers in R_rep, `all` or such as 11-20", "Eq. (5), Figure 3")
+    embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a model, or `ngrams`", "Eq. (6)")
     extractor: str = setting("regex", "answer extractor", "the paper: IAAR-Shanghai/xFinder-qwen1505")
-    aux_device: str = setting("", "device of embedder and extractor, such as cpu; empty: the model's own")
-    base_text_accuracy: float = setting(0.0, "MRR's denominator in percent; 0: measured, --model in writing", "Eq. (1)")
-    joint_norm: bool = setting(False, "one mean over both modalities instead of one for each", "ablation of Eq. (7)")
+    aux_device: str = setting("", "device of embedder and extractor, such as cpu")
+    base_text_accuracy: float = setting(0.0, "MRR's denominator in percent; 0: measured", "Eq. (1)")
+    joint_norm: bool = setting(False, "one mean over both modalities", "ablation of Eq. (7)")
     # loss and optimizer
     eps_low: float = setting(0.2, "the ratio is clipped below 1 - eps_low", "Table 5")
     eps_high: float = setting(0.28, "the ratio is clipped above 1 + eps_high", "Table 5")
     epochs: int = setting(3, "passes over the training questions", "Table 5")
-    steps: int = setting(0, "roll-outs in all; 0 means as many as `epochs` takes")
+    steps: int = setting(0, "steps in all; 0 is as many as `epochs` takes")
     lr: float = setting(2e-5, "AdamW's peak learning rate", "Table 5")
     warmup: float = setting(0.01, "share of steps in which the learning rate rises from 0", "Table 5")
     weight_decay: float = setting(0.01, "AdamW's weight decay", "Table 5")
@@ -125,13 +122,13 @@ class Config:
     lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "Table 5")
     lora_alpha: int = setting(32, "LoRA's update is scaled by lora_alpha / lora_rank", "Table 5")
     # memory and output
-    tokens_per_micro_batch: int = setting(16384, "most tokens, with padding, of one forward pass; groups stay whole")
-    gradient_checkpointing: bool = setting(True, "recompute the layers in backward instead of keeping them")
+    tokens_per_micro_batch: int = setting(16384, "most tokens, with padding, of a forward pass")
+    gradient_checkpointing: bool = setting(True, "recompute the layers in backward")
     eval_batch: int = setting(32, "questions per batch in evaluation")
-    eval_every: int = setting(0, "evaluate every so many steps; 0 means only before and after")
+    eval_every: int = setting(0, "evaluate every so many steps; 0 is never between")
     save_every: float = setting(20.0, "checkpoint after a step if so many seconds have passed")
-    resume: bool = setting(False, "continue from the last checkpoint in --out, if there is one")
-    sample_every: int = setting(20, "show and save one group every so many steps; 0 means never")
+    resume: bool = setting(False, "continue from --out's checkpoint, if there is one")
+    sample_every: int = setting(20, "show and save a group every so many steps; 0 is never")
 
     def __post_init__(self):
         """Refuse numbers that would train without an error, and wrongly."""
@@ -144,7 +141,7 @@ class Config:
             raise SystemExit(f"--questions_per_step {self.questions_per_step}: give a multiple of {RANKS} processes")
 
 
-# ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ========================
+# ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ====
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
     """Eq. (1): speech accuracy as a share of the text backbone's accuracy in writing; two numbers -> percent.
     The backbone is the text LLM from which the speech LLM was made; in the paper it has 77.70 % for Qwen2.5-Omni, which
@@ -259,7 +256,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, advantages, weights, eps_low
     return -(weights * surrogate).sum()
 
 
-# ==== 3. One step of the algorithm ====================================================================================
+# ==== 3. One step of the algorithm ====
 def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     """One step of TARS on B questions. Returns the numbers to log, and the first group for a person to read.
     Tensors of answers are [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
@@ -303,7 +300,9 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
 
     # 8. Update LoRA, unless loss or gradient norm is not finite.
     parameters = optimizer.param_groups[0]["params"]
-    loss = sum_gradients_over_ranks(parameters, loss)  # one process: as they are
+    for p in parameters:  # summed over processes, not averaged: the loss is already divided by the tokens of all
+        sum_over_ranks(p.grad)
+    loss = sum_over_ranks(torch.tensor(loss, dtype=torch.float64, device=lm.device)).item()
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:
@@ -353,7 +352,7 @@ def micro_batches(prompts, completion_mask, budget):
     return batches
 
 
-# ==== 4. SpeechLM: encoder -> projector -> LLM ========================================================================
+# ==== 4. SpeechLM: encoder -> projector -> LLM ====
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
     "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
@@ -386,7 +385,7 @@ class SpeechLM:
         family = family_of(path)
         options = {"revision": family.revision} if path == family.repository else {}
         # AutoTokenizer would build the class that tokenizer_config.json names and ignore half of tokenizer.json.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path, **options)
         feature_extractor = family.feature_extractor_class.from_pretrained(path, **options)
         return cls(family, family.load(path, **options), tokenizer, feature_extractor)
 
@@ -549,7 +548,7 @@ def paired_rows(prompt_lengths, is_token):
     return own.tril()[:, None], position_ids, predictor.masked_fill(~is_answer, -1)
 
 
-# ==== 5. LoRA, on every linear layer of the LLM and nowhere else ======================================================
+# ==== 5. LoRA, on every linear layer of the LLM and nowhere else ====
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at zero: at first y = W x."""
 
@@ -580,69 +579,76 @@ def attach_lora(lm, rank, alpha):
     return trained
 
 
-# ==== 6. Answer extractor, Eq. (3), and sentence embedder E, Eq. (6) ==================================================
-# What opens a statement: the answer follows, or there is none; the answer may follow. What may stand before a letter.
-ANNOUNCED = (r"(?i)\b(?:answer|solution|(?:correct|right|best) (?:option|choice|one))\b[^.:=\n]{,60}?(?:\b(?:is|be)\b|[:=])"
-             r"(?! (?:correct|right|based)\b)")
-POINTED = (r"(?i)\b(?:choose|pick|select|say|meant|leaves|go with|points to|corresponds to|matches|it's|it is|(?:must|has to) be)\b|"
-           r"\b(?=[A-D]\b[^,;.\n]{,40}? is (?:the )?(?:only |most )?(?:correct|right|best|answer)\b)")
-FILLED = (r"(?i)(?:[\s:(\[]|\b(?:so|thus|therefore|hence|no(?=,)|actually|indeed|only|just|most|likely|probably|that|"
-          r"option|choice|letter|answer)\b,?)*")
-# What denies or doubts a statement that it precedes. What takes an earlier one back.
-HEDGED = (r"(?i)\b(?:if|whether|doubt|disagree|says|believes|might|may|could|maybe|perhaps|either|unlikely|hardly|least|not|never|"
-          r"cannot|neither|nobody|incorrect|wrong|except|but)\b|n't\b")
-RETRACTED = (r"(?i)^\W*(?:no,? |oh,? )?wait\b|\bnot (?:sure|certain)\b|\b(?:second thought|mistake|forget)\b|\bedit:|"
-             r"\b(?:that|this|it|which|so [A-D])(?:'s| is| was) (?:wrong|incorrect|not (?:correct|right))\b")
-# What may follow an option's words, or a letter.
-ENDS = r"(?=\W*$|[)\].:!]+(?:\s|$)|,? (?:because|since|as|which|is|was|for|with|in|due|not|the|and it)\b| [–—-] )"
-LETTER = (rf"([A-Z]|a(?=[).])|[b-d](?=[).,:;]|\W*$))(?![\w'+#/&°*-]|\.\w|\W*(?:or|and)\b)(?:{ENDS}| ?\()")
+# ==== 6. Answer extractor, Eq. (3), and sentence embedder E, Eq. (6) ====
+# Opens a statement of the answer, which comes next; may open one.
+ANNOUNCED = (
+    r"(?i)\b(?:answer|solution|(?:correct|right|best) (?:option|choice|one))\b[^.:=\n]{,60}?"
+    r"(?:\b(?:is|be)\b|[:=])(?! (?:correct|right)\b)")
+POINTED = (
+    r"(?i)\b(?:choose|pick|select|say|go with|(?:points|corresponds) to|matches|it's|it is|(?:must|has to) be)\b"
+    r"|\b(?=[A-D]\b[^,;.\n]{,40}? is (?:the )?(?:only |most )?(?:correct|right|best|answer)\b)")
+# Before a statement: is skipped; denies, doubts or only reports it. Takes back what was said.
+FILLED = (
+    r"(?i)(?:[\s:(\[]|\b(?:so|thus|therefore|hence|no(?=,)|indeed|only|most|likely|probably|that|option|choice"
+    r"|answer)\b,?)*")
+HEDGED = (
+    r"(?i)\b(?:if|whether|doubt|disagree|says|believes|claims|people|students|might|may|could|perhaps|either"
+    r"|unlikely|hardly|least|not|never|cannot|neither|nobody|incorrect|wrong|except)\b|n't\b")
+RETRACTED = (
+    r"(?i)^\W*(?:no,? |oh,? )?wait\b|\b(?:not|no longer) sure\b|\b(?:second thought|mistake|forget|scratch)\b"
+    r"|\bedit:|\b(?:that|this|it|so [A-D])(?:'s| is| was) (?:wrong|incorrect|not (?:correct|right))\b")
+# May follow an option's words. A letter as an answer: no article, no part of a name such as C# or A+.
+ENDS = (
+    r"(?=\W*$|[)\].:!]+(?:\s|$)| [–—-] "
+    r"|,? (?:because|since|as|which|is|for|with|in|not|the|and it)\b)")
+LETTER = rf"([A-Z]|a(?=[).])|[b-d](?=[).,:;]|\W*$))(?![\w'+#/&°*-]|\.\w|\W*(?:or|and)\b)(?:{ENDS}| ?\()"
 
 
 def option_at(text, options, ends=ENDS):
     """The letter of the option whose words a text begins with, of several the longest; "" if none or two do."""
     words = ["(?:an? |the )?" + r"\s*".join(map(re.escape, "".join(option.split()))) for option in options]
     for case in ("", "(?i)"):
-        found = {letter: len(m[0]) for letter, word in zip(LETTERS, words) if (m := re.match(case + word + ends, text))}
-        longest = [letter for letter in found if found[letter] == max(found.values())]
-        if len(longest) == 1:
-            return longest[0]
+        matches = [re.match(case + word + ends, text) for word in words]
+        lengths = [len(match[0]) if match else 0 for match in matches]
+        if max(lengths) and lengths.count(max(lengths)) == 1:
+            return LETTERS[lengths.index(max(lengths))]
     return ""
 
 
 def extract_answer(completion, options):
     """The letter of the option that an output plainly chooses in its last statement, else None: never a guess.
-    A statement is a letter or an option's words after "the answer is" or the like, "B is correct", or a line that is a
-    letter, alone or with its option's words. A list of options states nothing. Denied, doubted, asked, taken back, two
-    letters, a letter that is no option or stands beside another option's words: None.
+    A statement is a letter or an option's words after "the answer is" or the like, "B is correct", or a line
+    that is a letter, alone or with its option's words. A list of options states nothing, nor does what is
+    denied, doubted, asked or taken back, two letters, or a letter beside another option's words.
     """
     text = re.split("(?i)</think>", completion)[-1]
     if "<think>" in text.lower():
         return None  # a thought that does not end has no answer
     text = "\n".join(re.findall(r"(?is)<answer>(.*?)(?=</?answer|$)", text) or [text])
-    markup = r"</?\w+>|\\[()\[\]]|\\(?:text|math|d?frac)\w*|(?m:^#+ |^\s*\d+[.)](?= ))|[*_`$\\{}\"“”]|(?<=\d),(?=\d{3})"
+    markup = (r"</?\w+>|\\[()\[\]]|\\(?:text|math|d?frac)\w*|(?m:^#+ |^\s*\d+[.)](?= ))"
+              r"|[*_`$\\{}\"“”]|(?<=\d),(?=\d{3})")  # and the commas of thousands
     text, *options = (re.sub(markup, "", x.replace("’", "'").replace(r"\boxed", "answer: ")) for x in (text, *options))
     options = [re.sub(r"(?i)^(?:an?|the) ", "", option.strip(" .\n")) for option in options]
     chosen = option_at(text.strip(), options, r"[\s.!]*$")
     text = re.sub(r"(?m)^.*\bA[.):] .*\bB[.):] .*\bC[.):] .*$", "", text)  # a list of options in one line
-    text = re.sub(r"(?i)(\b(?:answer|is):?)\W*\n+(?!.*\n\W*[A-D][.):])", r"\1: ", text)  # a heading and what it heads
+    text = re.sub(r"(?i)(\b(?:answer|is):?)\W*\n+(?!.*\n\W*[A-D][.):])", r"\1: ", text)  # a heading
     label = r"(?im)^\W*(?:Option )?([A-D])(?:[.):].*|\W*)$"
-    text = re.sub(label, "", text) if len({*re.findall(label, text.upper())}) > 1 else text  # a list, cut or whole
-    clauses = r"(?i)\n|(?<=[.!?;])(?<!\b[A-D]\.)\s+|[.,] (?=(?:so|but|therefore|thus|hence|oh|wait|no)\b)"
-    for clause in re.split(clauses, text):
+    if len({*re.findall(label, text.upper())}) > 1:  # a list of options, cut or whole
+        text = re.sub(label, "", text)
+    connectives = "so|but|therefore|thus|hence|oh|wait|no"
+    for clause in re.split(rf"(?i)\n|(?<=[.!?;])(?<!\b[A-D]\.)\s+|[.,] (?=(?:{connectives})\b)", text):
         announced, pointed = ([None, *re.finditer(form, clause)][-1] for form in (ANNOUNCED, POINTED))
         opening = announced or pointed
         named = clause[opening.end() if opening else 0 :]
         named = named[re.match(FILLED, named).end() :]
-        letter = re.match(LETTER, named)
-        said, behind = option_at(named, options), named[letter.end() :] if letter else named
+        letter, said = re.match(LETTER, named), option_at(named, options)
+        behind = named[letter.end() :] if letter else named
         beside = option_at(re.sub(r"^[\s).,:;(\]]*(?:[–—-] |which is )?", "", behind), options)
         if letter and (letter[1].upper() in LETTERS or not said):
             said = letter[1].upper() if letter[1].upper() in (said or beside or LETTERS) else ""
-        elif not opening:
-            said = ""
-        stated = announced or said and (opening or beside or re.match(r"\W*(?:because|since|$)", behind))
+        stated = announced or said and (opening or letter and (beside or re.match(r"\W*(?:because|since|$)", behind)))
         asked = clause.endswith("?") and not re.match(r"\.\s", behind)
-        if re.search(RETRACTED, clause) or stated and (re.search(HEDGED, clause.removesuffix(named)) or asked):
+        if re.search(RETRACTED, clause) or stated and (asked or re.search(HEDGED, clause.removesuffix(named))):
             chosen = ""
         elif stated:
             chosen = said
@@ -665,7 +671,7 @@ class XFinder:
 
     def __init__(self, name, device):
         self.model = load_model(transformers.Qwen2ForCausalLM, name, device)
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
 
     @torch.no_grad()
     def __call__(self, questions, completions):
@@ -676,28 +682,18 @@ class XFinder:
         inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs.input_ids.shape[1] :]
         said = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [self.letter(text, q["options"]) for text, q in zip(said, questions)]
-
-    @staticmethod
-    def letter(said, options):
-        """The model's output -> the one letter that it names or whose option it repeats, else None."""
-        said, *plain = (text.strip().removesuffix(".").lower() for text in (said, *options))
-        letters = [letter for letter, option in zip(LETTERS, plain) if said in (letter.lower(), option)]
-        return letters[0] if len(letters) == 1 else None
+        return extract_answers(questions, said)  # it says a letter or repeats an option
 
 
-class NGramEmbedder:
-    """An offline stand-in for E: counts of hashed words and word pairs. It sees wording, not meaning."""
-
-    def __call__(self, texts):
-        """Strings -> unit vectors [N, 512]."""
-        vectors = []
-        for text in texts:
-            words = re.findall(r"\w+|[^\w\s]", text.lower())
-            grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
-            hashes = torch.tensor([zlib.crc32(gram.encode()) % 512 for gram in grams], dtype=torch.long)
-            vectors.append(torch.bincount(hashes, minlength=512))
-        return F.normalize(torch.stack(vectors).float(), dim=-1)
+def embed_ngrams(texts):
+    """An offline stand-in for E: counts of hashed words and word pairs. Strings -> unit vectors [N, 512]."""
+    vectors = []
+    for text in texts:
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+        hashes = torch.tensor([zlib.crc32(gram.encode()) % 512 for gram in grams], dtype=torch.long)
+        vectors.append(torch.bincount(hashes, minlength=512))
+    return F.normalize(torch.stack(vectors).float(), dim=-1)
 
 
 class SentenceEmbedder:
@@ -705,9 +701,7 @@ class SentenceEmbedder:
 
     def __init__(self, name, device):
         self.model = load_model(transformers.Qwen3Model, name, device)
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
-        if self.tokenizer("").input_ids != [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]:
-            raise SystemExit(f"{name} is no Qwen3-Embedding: its tokenizer does not end a text with <|endoftext|>")
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, padding_side="left")
 
     @torch.no_grad()
     def __call__(self, texts):
@@ -719,7 +713,7 @@ class SentenceEmbedder:
 
 def load_embedder(cfg):
     """E of Eq. (6), by cfg.embedder: texts -> unit vectors [N, D]."""
-    return NGramEmbedder() if cfg.embedder == "ngrams" else SentenceEmbedder(cfg.embedder, cfg.aux_device or DEVICE)
+    return embed_ngrams if cfg.embedder == "ngrams" else SentenceEmbedder(cfg.embedder, cfg.aux_device or DEVICE)
 
 
 def load_extractor(cfg):
@@ -727,7 +721,7 @@ def load_extractor(cfg):
     return extract_answers if cfg.extractor == "regex" else XFinder(cfg.extractor, cfg.aux_device or DEVICE)
 
 
-# ==== 7. Evaluate and train ===========================================================================================
+# ==== 7. Evaluate and train ====
 def question_batches(questions, size, desc):
     """Lists of `size` questions, in order, under a progress bar called `desc`."""
     with tqdm(total=len(questions), desc=desc, unit="question", leave=False, disable=RANK > 0) as bar:
@@ -810,26 +804,25 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, state, cf
             append_line(out / "samples.jsonl", {"step": step, **group})
             tqdm.write(show_group(step, group))
         if state["skipped"] == 10:
-            raise SystemExit("ten steps in a row had no finite loss and gradient, and none was applied: look at loss, "
-                             f"grad_norm and rep_speech in {out}/log.jsonl, and lower --lr")
+            raise SystemExit(f"ten steps in a row without a finite loss and gradient: see {out}/log.jsonl, lower --lr")
         if step == steps or time.time() - saved >= cfg.save_every:
             save_checkpoint(optimizer, state, cfg)
             saved = time.time()
     save_adapter(lm, cfg)
 
 
-# ======================================================================================================================
+# ======================================================================
 # The method ends here. What follows is what a run needs.
-# ======================================================================================================================
+# ======================================================================
 
 
-# ==== 8. Model families ===============================================================================================
-def load_model(kind, path, device=DEVICE, dtype=DTYPE, **options):
-    """A model of transformers' class `kind`, in the checkpoint's own dtype (DTYPE) on a GPU, in float32 on a CPU.
-    Refused are a tensor that the checkpoint lacks, which transformers would fill with random numbers, and a layer that
-    config.json lacks, which it would leave out. Other tensors that are left over, such as the talker's, are fine.
+# ==== 8. Model families ====
+def load_model(kind, path, device=DEVICE, dtype=None, **options):
+    """A model of transformers' class `kind`, in its checkpoint's dtype on a GPU, in float32 elsewhere.
+    Refused: a tensor that the checkpoint lacks (transformers would fill in random numbers), and a layer
+    that config.json lacks (it would be left out). Other tensors left over, the talker's, are fine.
     """
-    dtype = torch.float32 if str(device) == "cpu" else dtype
+    dtype = dtype or ("auto" if BFLOAT16 and str(device) != "cpu" else torch.float32)
     model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     own = {re.sub(r"\.\d+\.", ".0.", name) for name in model.state_dict()}
     left_over = {name for name in found["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in own}
@@ -839,19 +832,7 @@ def load_model(kind, path, device=DEVICE, dtype=DTYPE, **options):
 
 
 class Qwen25Omni:
-    """Qwen2.5-Omni. A new family needs such a class, listed in FAMILIES below:
-
-    repository, revision      place on the hub, and the branch to load of that place alone
-    model_types               names in config.json
-    model_class               with get_decoder(), which has `layers`, get_input_embeddings() and lm_head
-    feature_extractor_class   transformers' class that `features` calls
-    before_..., after_...     template around the user turn and around a clip
-    end_of_turn               tokens that end an answer; the last one also pads
-    load                      from a path to the model
-    placeholders              ids that stand for audio or pictures in a prompt, never to be sampled
-    features                  from a waveform to what the encoder takes
-    encode                    from features of clips to the projector's output
-    """
+    """Qwen2.5-Omni. A new family is such a class in FAMILIES: names, prompt template, and how a clip is encoded."""
 
     repository, revision = "Qwen/Qwen2.5-Omni-7B", "main"
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
@@ -899,7 +880,7 @@ class Phi4Multimodal:
     @staticmethod
     def load(path, **options):
         """The model with its speech-lora merged: W += (alpha / r) B A. Unmerged, it understands speech badly."""
-        fetch = partial(cached_file, path, **options)
+        fetch = partial(transformers.utils.cached_file, path, **options)
         settings = json.loads(Path(fetch("speech-lora/adapter_config.json")).read_text())
         tensors = load_file(fetch("speech-lora/adapter_model.safetensors"))
         model = load_model(transformers.Phi4MultimodalForCausalLM, path, **options)
@@ -944,7 +925,7 @@ def family_of(path):
     return known[model_type]
 
 
-# ==== 9. Questions and clips ==========================================================================================
+# ==== 9. Questions and clips ====
 SAMPLE_RATE = 16_000
 
 
@@ -968,12 +949,11 @@ def read_clip(data, key="clip"):
         kind = clip.getframerate(), clip.getsampwidth(), clip.getnchannels()
         samples = np.frombuffer(clip.readframes(clip.getnframes()), "<i2")
     if kind != (SAMPLE_RATE, 2, 1) or not 0.1 <= len(samples) / SAMPLE_RATE <= 300:
-        raise SystemExit(f"{key} has (rate, bytes a sample, channels) {kind} and {len(samples)} samples; wanted are "
-                         f"({SAMPLE_RATE}, 2, 1) and 0.1 to 300 s: convert it with data_prep.py")
+        raise SystemExit(f"{key} is no 16-bit mono WAV at 16 kHz of 0.1 to 300 s: convert it with data_prep.py")
     return torch.from_numpy(samples.astype(np.float32) / 2**15)
 
 
-# ==== 10. Logs, adapter files and checkpoints =========================================================================
+# ==== 10. Logs, adapter files and checkpoints ====
 def step_means(terms, letters, references):
     """Means of a step for the log. terms: {name: [B, M, G/2]}, letters: as many, references [B, G/2]."""
     reward = terms["reward"]  # [B, M, G/2]
@@ -1070,27 +1050,12 @@ def open_run(cfg, content):
     return state | {"run": run}
 
 
-# ==== 11. Several processes, started by torchrun: rank r takes questions r, r + RANKS, ... ============================
-def join_processes():
-    """Meet the other processes, each on its own GPU. Only the first one prints."""
-    if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(days=1))  # they wait for each other while one loads or evaluates
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-
-
+# ==== 11. Several processes, started by torchrun: rank r takes questions r, r + RANKS, ... ====
 def sum_over_ranks(x):
     """A tensor -> its sum over all processes."""
     if RANKS > 1:
         dist.all_reduce(x)
     return x
-
-
-def sum_gradients_over_ranks(parameters, loss):
-    """Sum gradients and loss over all processes, not average: the loss is already divided by the tokens of all."""
-    for p in parameters:
-        sum_over_ranks(p.grad)
-    return sum_over_ranks(torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)).item()
 
 
 def mean_over_ranks(metrics):
@@ -1099,7 +1064,7 @@ def mean_over_ranks(metrics):
     return dict(zip(metrics, means.tolist()))
 
 
-# ==== 12. The command =================================================================================================
+# ==== 12. The command ====
 def parse_config(arguments=None):
     """Command line -> Config. Where the default model is asked for and does not exist, the offline demo is built."""
     parser = transformers.HfArgumentParser(Config)
@@ -1117,8 +1082,10 @@ def parse_config(arguments=None):
 def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
     cfg = parse_config(arguments)
-    if RANKS > 1:
-        join_processes()
+    if RANKS > 1:  # under torchrun: each process on its own GPU, and only the first one prints
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if DEVICE == "cuda" else None
+        dist.init_process_group(timeout=timedelta(days=1))  # ranks wait for each other while one loads or evaluates
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     content = {"content of --data": questions._fingerprint, "content of --eval-data": eval_questions._fingerprint}
     state = open_run(cfg, content)
