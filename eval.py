@@ -47,7 +47,7 @@ from tars import attach_lora, by_length, extract_answers, family_of, grpo_loss, 
 from tars import load_extractor, load_questions, make_trainable, modality_advantages, modality_recovery_rate, pad_left
 from tars import parse_config, positions
 from tars import question_batches, read_clip, reference_features, representation_reward, token_weights, train_step
-from tars import without_lora, write_aside
+from tars import write_aside
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -77,13 +77,18 @@ def table(head, rows):
 
 
 # ==== 2. Table 1: accuracy on speech (A) and on text (T), MRR =========================================================
-def load_adapter(lm, path):
-    """Attach a saved adapter in place of any other; one of another model or rank is refused."""
-    scale = json.loads((Path(path) / "adapter_config.json").read_text())
+def detach_lora(lm):
+    """Put the frozen layers back in place of LoRA's: the base model."""
     for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
             if isinstance(child, LoRALinear):
                 setattr(parent, name, child.linear)
+
+
+def load_adapter(lm, path):
+    """Attach a saved adapter in place of any other; one of another model or rank is refused."""
+    scale = json.loads((Path(path) / "adapter_config.json").read_text())
+    detach_lora(lm)
     attach_lora(lm, scale["r"], scale["lora_alpha"])
 
     def tail(name):  # where the decoder sits in the model differs between versions of transformers
@@ -104,8 +109,8 @@ def speech_lms(args):
     lm = SpeechLM.from_pretrained(args.model)
     for adapter in args.adapter:  # a wrong one is refused before anything is measured
         load_adapter(lm, adapter)
-    with without_lora():
-        yield "base", lm
+    detach_lora(lm)
+    yield "base", lm
     for adapter in args.adapter:
         load_adapter(lm, adapter)
         yield adapter, lm
@@ -673,6 +678,8 @@ def main(arguments=None):
         return compare_runs(args)
     if args.curves:
         return curves(args)
+    if args.explain:
+        return explain(args)
     if args.model == Config.model and not Path(args.model).exists():  # an untrained demo is not worth measuring
         raise SystemExit(f"{args.model} does not exist: run `python tars.py` first, or give --model")
     if args.explain is not None:

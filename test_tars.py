@@ -12,6 +12,7 @@ code that loads the 7B; a test that takes `lm` runs for both families.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -27,6 +28,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import wave
@@ -43,7 +45,7 @@ import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import (
     AutoTokenizer,
@@ -70,7 +72,6 @@ from data_prep import decode_clip
 from tars import (
     Config,
     LoRALinear,
-    NGramEmbedder,
     Phi4Multimodal,
     Qwen25Omni,
     SentenceEmbedder,
@@ -97,7 +98,6 @@ from tars import (
     token_weights,
     total_reward,
     train_step,
-    without_lora,
     written_question,
 )
 
@@ -112,6 +112,18 @@ def cos(a, b):
     return dot / math.sqrt(sum(float(x) ** 2 for x in a) * sum(float(y) ** 2 for y in b))
 
 
+@contextlib.contextmanager
+def without_lora(lm):
+    """Within this context every LoRA layer adds nothing: the base model."""
+    layers = [m for m in lm.model.modules() if isinstance(m, LoRALinear)]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    yield
+    for layer, scale in zip(layers, scales):
+        layer.scale = scale
+
+
 def random_(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -124,17 +136,26 @@ def test_defaults_are_the_papers():
     assert (cfg.group_size, cfg.questions_per_step, cfg.temperature, cfg.max_new_tokens) == (8, 8, 1.0, 1024)
     assert (cfg.alpha, cfg.beta, cfg.lam, cfg.eps_low, cfg.eps_high) == (1.0, 1.0, 0.5, 0.2, 0.28)
     assert (cfg.lr, cfg.warmup, cfg.weight_decay, cfg.max_grad_norm, cfg.epochs) == (2e-5, 0.01, 0.01, 1.0, 3)
-    assert (cfg.lora_rank, cfg.lora_alpha, cfg.layers, cfg.joint_norm, cfg.updates_per_rollout) == (8, 32, "all", False, 1)
+    assert (cfg.lora_rank, cfg.lora_alpha, cfg.layers, cfg.joint_norm) == (8, 32, "all", False)
 
 
 def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
     (tmp_path / "tars_config.json").write_text(json.dumps({"lr": 0.5, "steps": 7, "data": "../train"}))
-    cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"], None)
+    cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"])
     assert (cfg.lr, cfg.steps, cfg.group_size, cfg.joint_norm, cfg.gradient_checkpointing) == (0.25, 7, 8, True, False)
     assert cfg.data == str(tmp_path.parent / "train")
-    (tmp_path / "tars_config.json").write_text(json.dumps({"micro": 0.5}))
-    with pytest.raises(tars.UserError, match="tars_config.json has the unknown setting.* micro"):
-        tars.parse_config(["--model", str(tmp_path)], None)
+    assert tars.parse_config(["--model", str(tmp_path), "--questions_per_step", "4"]).questions_per_step == 4  # dashes or not
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"group_size": 5}, "group_size 5"), ({"group_size": 2}, "group_size 2"), ({"lr": -1e-5}, "lr -1e-05"), ({"alpha": math.nan}, "alpha nan"),
+    ({"beta": math.inf}, "beta inf"), ({"steps": -1}, "steps -1"), ({"questions_per_step": 7}, "questions_per_step 7"),
+], ids=str)
+def test_numbers_that_would_train_on_silently_are_refused(settings, says, monkeypatch):
+    monkeypatch.setattr(tars, "RANKS", 2)  # of processes
+    with pytest.raises(SystemExit, match=says):
+        Config(**settings)
+    Config(questions_per_step=6, group_size=6, steps=0, beta=0.0)
 
 
 # ======================================================================================================================
@@ -208,7 +229,7 @@ def test_eq5_layer_bands():
     assert layer_weights("11-20", 32).tolist() == pytest.approx([0] * 10 + [0.1] * 10 + [0] * 12)
     assert layer_weights("all", 4).tolist() == [0.25] * 4 and layer_weights("3-3", 4).tolist() == [0, 0, 1, 0]
     for wrong in ("0-3", "3-2", "1-5", "2", "x"):
-        with pytest.raises(tars.UserError, match="1-4"):
+        with pytest.raises(SystemExit, match="1-4"):
             layer_weights(wrong, 4)
 
 
@@ -231,18 +252,17 @@ def test_references_are_correct_random_and_of_the_same_group():
 
 
 def test_reference_features_are_the_drawn_written_answers_and_zero_without_one():
-    features = random_(2, 2, 3, 5)  # [B, M, G/2, D]
+    speech, text = random_(2, 3, 5), random_(2, 3, 5, seed=1)  # [B, G/2, D] each
     references = torch.tensor([[2, 0, 2], [-1, -1, -1]])
-    chosen = reference_features(features, references)
-    reward = behavior_reward(features, chosen)
+    chosen = reference_features(text, references)
+    reward = behavior_reward(speech, chosen)
     for s in range(3):
-        assert torch.equal(chosen[0, 0, s], features[0, 1, references[0, s]])
-        assert reward[0, 0, s].item() == pytest.approx(cos(features[0, 0, s], features[0, 1, references[0, s]]))
-        assert reward[1, 0, s].item() == reward[0, 1, s].item() == reward[1, 1, s].item() == 0.0
-    states = random_(2, 2, 3, 4, 5)  # [B, M, G/2, L, H]
-    reward = representation_reward(states, reference_features(states, references))
-    assert reward[0, 0, 1].item() == pytest.approx(sum(cos(states[0, 0, 1, l], states[0, 1, 0, l]) for l in range(4)) / 4)
-    assert (reward[:, 1] == 0).all() and (reward[1] == 0).all()
+        assert torch.equal(chosen[0, s], text[0, references[0, s]])
+        assert reward[0, s].item() == pytest.approx(cos(speech[0, s], text[0, references[0, s]])) and reward[1, s].item() == 0.0
+    speech, text = random_(2, 3, 4, 5), random_(2, 3, 4, 5, seed=1)  # [B, G/2, L, H]
+    reward = representation_reward(speech, reference_features(text, references))
+    assert reward[0, 1].item() == pytest.approx(sum(cos(speech[0, 1, l], text[0, 0, l]) for l in range(4)) / 4)
+    assert (reward[1] == 0).all()
 
 
 def test_eq7_advantages_by_hand_and_by_loop():
@@ -260,19 +280,23 @@ def test_eq7_advantages_by_hand_and_by_loop():
                     assert advantages[b, m, s].item() == pytest.approx(rewards[b, m, s].item() - sum(group) / len(group))
 
 
+def uncut(mask):
+    """No answer is cut."""
+    return torch.zeros(mask.shape[:-1], dtype=torch.bool)
+
+
 def test_loss_weights_by_hand():
     # Three completion tokens in two answers: each weighs 1/3, padding nothing. With the second answer cut, two tokens are
-    # left, and each weighs 1/2. Of a batch of ten tokens each weighs 1/10.
+    # left, and each weighs 1/2.
     mask, cut = torch.tensor([[1, 1], [1, 0]]), torch.tensor([False, True])
-    assert token_weights(mask).tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
-    assert token_weights(mask, truncated=cut).tolist() == [[0.5, 0.5], [0, 0]]
-    assert token_weights(mask, 10).tolist() == [pytest.approx([0.1, 0.1]), pytest.approx([0.1, 0])]
-    assert token_weights(mask, truncated=torch.tensor([True, True])).sum() == 0  # and no division by zero
+    assert token_weights(mask, uncut(mask)).tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
+    assert token_weights(mask, cut).tolist() == [[0.5, 0.5], [0, 0]]
+    assert token_weights(mask, torch.tensor([True, True])).sum() == 0  # and no division by zero
 
 
 def test_loss_weights_count_the_tokens_of_all_processes(monkeypatch):
     monkeypatch.setattr(tars, "sum_over_ranks", lambda x: x + 6)  # the other process has six tokens: 4 + 6
-    assert token_weights(torch.ones(2, 2)).flatten().tolist() == pytest.approx([0.1] * 4)
+    assert token_weights(torch.ones(2, 2), uncut(torch.ones(2, 2))).flatten().tolist() == pytest.approx([0.1] * 4)
 
 
 def loss_by_loop(logps, old, advantages, mask, low, high):
@@ -294,11 +318,11 @@ def test_loss_by_hand_and_by_loop():
     # A = -2: ratio 1 gives -2. The sum -0.22 over three tokens: loss 0.22 / 3. The masked token does not count.
     logps = torch.log(torch.tensor([[1.5, 0.5], [1.0, 9.0]]))
     mask = torch.tensor([[1, 1], [1, 0]])
-    loss = grpo_loss(logps, torch.zeros(2, 2), torch.tensor([1.0, -2.0]), mask)
+    loss = grpo_loss(logps, torch.zeros(2, 2), torch.tensor([1.0, -2.0]), token_weights(mask, uncut(mask)))
     assert loss.item() == pytest.approx(0.22 / 3)
     logps, old, advantages = random_(5, 7).requires_grad_(), random_(5, 7, seed=1), random_(5, seed=2)
     mask = (random_(5, 7, seed=3) > -0.5).long()
-    loss = grpo_loss(logps, old, advantages, mask, 0.1, 0.3)
+    loss = grpo_loss(logps, old, advantages, token_weights(mask, uncut(mask)), 0.1, 0.3)
     loss.backward()
     value, gradient = loss_by_loop(logps, old, advantages, mask, 0.1, 0.3)
     assert loss.item() == pytest.approx(value)
@@ -307,7 +331,7 @@ def test_loss_by_hand_and_by_loop():
 
 def test_loss_is_zero_on_policy_but_its_gradient_is_not():
     logps = torch.full((2, 3), -1.0, requires_grad=True)
-    loss = grpo_loss(logps, logps.detach(), torch.tensor([0.5, -0.5]), torch.ones(2, 3))
+    loss = grpo_loss(logps, logps.detach(), torch.tensor([0.5, -0.5]), torch.full((2, 3), 1 / 6))
     loss.backward()
     assert loss.item() == pytest.approx(0)
     assert logps.grad.tolist() == [pytest.approx([-0.5 / 6] * 3), pytest.approx([0.5 / 6] * 3)]
@@ -315,19 +339,16 @@ def test_loss_is_zero_on_policy_but_its_gradient_is_not():
 
 def test_loss_of_parts_adds_up_and_nothing_to_learn_is_zero():
     logps, old, advantages, mask = random_(4, 3), random_(4, 3, seed=1), random_(4, seed=2), torch.tensor([[1, 1, 0]] * 4).double()
-    whole = grpo_loss(logps, old, advantages, mask).item()
-    weights = token_weights(mask)
-    for w in (weights, [token_weights(mask[i : i + 2], n_tokens=8) for i in (0, 2)]):
-        parts = [w[i : i + 2] if w is weights else w[i // 2] for i in (0, 2)]
-        parts = [grpo_loss(*(t[i : i + 2] for t in (logps, old, advantages, mask)), weights=part) for i, part in zip((0, 2), parts)]
-        assert sum(parts).item() == pytest.approx(whole)
+    weights = token_weights(mask, uncut(mask))
+    parts = [grpo_loss(*(t[i : i + 2] for t in (logps, old, advantages, weights))) for i in (0, 2)]
+    assert sum(parts).item() == pytest.approx(grpo_loss(logps, old, advantages, weights).item())
     assert grpo_loss(logps, old, advantages, torch.zeros(4, 3)).item() == 0.0
 
 
 def test_loss_has_any_leading_dimensions():
     logps, old, advantages, mask = random_(2, 2, 3, 4), random_(2, 2, 3, 4, seed=1), random_(2, 2, 3, seed=2), random_(2, 2, 3, 4, seed=3) > 0
     flat, _ = loss_by_loop(*(t.flatten(0, 2) for t in (logps, old)), advantages.flatten(), mask.flatten(0, 2), 0.2, 0.28)
-    assert grpo_loss(logps, old, advantages, mask).item() == pytest.approx(flat)
+    assert grpo_loss(logps, old, advantages, token_weights(mask, uncut(mask))).item() == pytest.approx(flat)
 
 
 # ======================================================================================================================
@@ -369,7 +390,7 @@ def save_speech_lora(model, path):
             tensors[f"base_model.model.{name}.lora_A.weight"] = 0.1 * torch.randn(4, layer.in_features, generator=generator)
             tensors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn(layer.out_features, 4, generator=generator)
     (path / "speech-lora").mkdir()
-    tars.save_file(tensors, path / "speech-lora" / "adapter_model.safetensors")
+    save_file(tensors, path / "speech-lora" / "adapter_model.safetensors")
     (path / "speech-lora" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
     return tensors
 
@@ -457,7 +478,7 @@ def logps_of(lm, P, output, completion, temperature):
 
 def forward(lm, questions, ids, mask, temperature=1.0):
     """The wrapper's forward: log-probs [B, 2, 2, C] and pooled states [B, 2, 2, L, H]."""
-    return lm.forward(lm.embed(questions), ids, mask, temperature)
+    return lm.score(lm.embed_prompts(questions), ids, mask, temperature)
 
 
 def linears(lm):
@@ -495,14 +516,13 @@ def one_step(lm, questions, answers, truncated, monkeypatch, parameters, lr=1.0,
     monkeypatch.setattr(tars, "pick_references", lambda *args: drawn.append(pick_references(*args)) or drawn[-1])
     optimizer = Recorder(parameters, lr)
     cfg = Config(**{"group_size": 4, "max_grad_norm": 1e9} | settings)
-    metrics, group = train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, torch.Generator().manual_seed(0))
+    metrics, group = train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, torch.Generator().manual_seed(0))
     return metrics, group, drawn[0], optimizer.gradients
 
 
-def straightforward_step(lm, questions, answers, truncated, references, cfg, parameters, old=None):
+def straightforward_step(lm, questions, answers, truncated, references, cfg, parameters):
     """The step as one would write it first: one row at a time, plain forward, full logits, all hidden states, loops.
-    Returns the gradient, and of each answer the terms of its reward, advantage and log-probs. old: what it returned
-    for the policy of the roll-out, if that is not the present one.
+    Returns the gradient, and of each answer the terms of its reward, advantage and log-probs.
     """
     ids, mask = answers
     rows, terms = [], {name: torch.zeros(len(questions), 2, 2) for name in ("acc", "fmt", "base", "rep", "beh", "reward", "advantage")}
@@ -521,7 +541,7 @@ def straightforward_step(lm, questions, answers, truncated, references, cfg, par
             reference_states, reference_text = texts[b, int(references[b, s])]
             chosen = range(4) if cfg.layers == "all" else range(1, 3)
             terms["rep"][b, m, s] = sum(cos(states[l], reference_states[l]) for l in chosen) / len(chosen)
-            terms["beh"][b, m, s] = cos(*NGramEmbedder().embed([text, reference_text]))
+            terms["beh"][b, m, s] = cos(*tars.embed_ngrams([text, reference_text]))
         terms["logps"][b, m, s] = logps_of(lm, P, output, completion, cfg.temperature)
         rows.append((b, m, s))
     for i in rows:
@@ -530,10 +550,10 @@ def straightforward_step(lm, questions, answers, truncated, references, cfg, par
         group = [terms["reward"][i] for i in rows if i[0] == b and (cfg.joint_norm or i[1] == m)]
         terms["advantage"][b, m, s] = terms["reward"][b, m, s] - sum(group) / len(group)
     n_tokens = sum(len(terms["logps"][i]) for i in rows if not truncated[i])
-    loss, old = 0.0, old or terms
+    loss = 0.0
     for i in rows:
         if not truncated[i]:
-            ratio, A = torch.exp(terms["logps"][i] - old["logps"][i].detach()), old["advantage"][i]
+            ratio, A = torch.exp(terms["logps"][i] - terms["logps"][i].detach()), terms["advantage"][i]
             loss = loss - torch.min(ratio * A, ratio.clamp(1 - cfg.eps_low, 1 + cfg.eps_high) * A).sum() / n_tokens
     return torch.autograd.grad(loss, parameters), terms
 
@@ -588,39 +608,47 @@ def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, ques
 def test_step_clips_the_gradient_and_starts_each_update_from_zero(lm, questions, answers, monkeypatch):
     perturb(lm)
     parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
-    metrics, _, _, (first, second) = one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters,
-                                              lr=0.0, updates_per_rollout=2, max_grad_norm=1e-3)
+    (metrics, _, _, (first,)), (_, _, _, (second,)) = (
+        one_step(lm, questions, answers, uncut(answers[1]), monkeypatch, parameters, lr=0.0, max_grad_norm=1e-3) for _ in range(2))
     for a, b in zip(first, second):  # nothing has changed between the two, so neither has the gradient
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-4)
     norm = torch.cat([g.flatten() for g in first]).norm().item()
     assert norm == pytest.approx(1e-3, rel=1e-3) and metrics["grad_norm"] > 1e-2  # logged before clipping
 
 
+def test_step_takes_no_cut_answer_as_a_reference(lm, questions, answers, monkeypatch):
+    cut = uncut(answers[1])
+    cut[:2, 1, 1] = True  # the right written answers of the first two questions
+    metrics, _, references, _ = one_step(lm, questions, answers, cut, monkeypatch, attach_lora(lm, 2, 4))
+    assert references.tolist() == [[-1, -1], [-1, -1], [1, 1], [1, 1]] and metrics["no_reference"] == 0.5
+    assert metrics["acc_text"] == 0.5  # they keep their reward
+
+
 def test_step_hands_its_settings_on(lm, questions, answers, monkeypatch):
-    seen, generator, forward = [], torch.Generator().manual_seed(0), lm.forward
+    seen, generator, score = [], torch.Generator().manual_seed(0), lm.score
     truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
 
     def rollout(prompts, samples, max_new_tokens, temperature, g):
         seen.append((len(prompts), samples, max_new_tokens, temperature, g is generator))
         return (*answers, truncated)
 
-    def spied_forward(prompts, ids, mask, temperature, pool):
+    def spied_score(prompts, ids, mask, temperature, pool):
         seen.append((temperature, pool))
-        return forward(prompts, ids, mask, temperature, pool)
+        return score(prompts, ids, mask, temperature, pool)
 
     def spied_pick(correct, g):
         seen.append(g is generator)
         return pick_references(correct, g)
 
     def spied_loss(*args):
-        seen.append(args[4:6])
+        seen.append((torch.equal(args[0], args[1]), *args[4:6]))  # the ratio is 1
         return grpo_loss(*args)
 
-    for owner, name, spy in ((lm, "rollout", rollout), (lm, "forward", spied_forward), (tars, "pick_references", spied_pick), (tars, "grpo_loss", spied_loss)):
+    for owner, name, spy in ((lm, "rollout", rollout), (lm, "score", spied_score), (tars, "pick_references", spied_pick), (tars, "grpo_loss", spied_loss)):
         monkeypatch.setattr(owner, name, spy)
     cfg = Config(group_size=4, max_new_tokens=33, temperature=0.7, eps_low=0.1, eps_high=0.3)
-    train_step(lm, questions, NGramEmbedder(), tars.extract_answers, torch.optim.SGD(attach_lora(lm, 2, 4), lr=0.0), cfg, generator)
-    assert seen == [(4, 2, 33, 0.7, True), True, (0.7, True), (0.1, 0.3)]
+    train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, torch.optim.SGD(attach_lora(lm, 2, 4), lr=0.0), cfg, generator)
+    assert seen == [(4, 2, 33, 0.7, True), True, (0.7, True), (True, 0.1, 0.3)]
 
 
 def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
@@ -628,7 +656,7 @@ def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, question
     parameters = attach_lora(lm, 8, 32)
     metrics, group, references, _ = one_step(lm, questions, (ids, mask), torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters)
     assert (references == -1).all() and metrics["no_reference"] == 1 and metrics["rep_speech"] == metrics["beh_speech"] == 0
-    assert metrics["reward_speech"] == 1.5 and metrics["no_spread"] == 1
+    assert metrics["reward_speech"] == 1.5 and metrics["no_spread_speech"] == metrics["no_spread_text"] == 1
     assert metrics["grad_norm"] == 0  # nothing differs within a modality, so nothing is learnt, and no NaN
 
 
@@ -651,47 +679,15 @@ def test_step_with_everything_truncated_changes_nothing(lm, questions, answers, 
     assert metrics["grad_norm"] == 0 and all(torch.equal(a, b) for a, b in zip(before, parameters))
 
 
-def test_step_second_update_uses_the_first_ones_rewards_and_log_probs(lm, questions, answers, monkeypatch):
-    perturb(lm)
-    parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
-    seen = []
-
-    def spy(*args):
-        seen.append([a.detach().clone() for a in args[:3]])
-        return grpo_loss(*args)
-
-    monkeypatch.setattr(tars, "grpo_loss", spy)
-    one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters, lr=0.5, updates_per_rollout=2)
-    (new1, old1, adv1), (new2, old2, adv2) = seen
-    assert torch.equal(new1, old1) and torch.equal(old1, old2) and torch.equal(adv1, adv2)
-    assert (new2 - old2).abs().max() > 1e-3
-
-
-def test_clipped_share_by_hand():
-    # Advantage 1 clips the ratio 1.5 and not 0.5, whose product is the smaller; -1 clips 0.5 and not 1.5. Padding does not count.
-    logps, mask = torch.log(torch.tensor([[1.5, 0.5, 9.0], [1.5, 0.5, 1.1]])), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert tars.clipped_share(logps, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask, 0.2, 0.28) == pytest.approx(2 / 5)
-    assert tars.clipped_share(logps, logps, torch.tensor([1.0, -1.0]), mask, 0.2, 0.28) == 0
-
-
-def test_step_logs_entropy_and_kl_to_the_base_model(lm, questions, answers, monkeypatch):
+def test_step_logs_entropy(lm, questions, answers, monkeypatch):
     perturb(lm)
     ids, mask = answers
-    monkeypatch.setattr(lm, "rollout", lambda *args: (*answers, torch.zeros(4, 2, 2, dtype=torch.bool)))
-    cfg, optimizer = Config(group_size=4), torch.optim.SGD([p for p in lm.decoder.parameters() if p.requires_grad], lr=0.0)
-    generator = torch.Generator().manual_seed(0)
-    metrics, _ = tars.train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, generator, True)
-    rows = {(b, m, s): (questions[b], m == 0, ids[b, m, s][mask[b, m, s] == 1].tolist()) for b in range(4) for m in (0, 1) for s in (0, 1)}
-    with torch.no_grad():
-        trained = {key: plain_logps(lm, *row) for key, row in rows.items()}
-        with without_lora():
-            base = {key: plain_logps(lm, *row) for key, row in rows.items() if key[0] == 0}
+    metrics, *_ = one_step(lm, questions, answers, uncut(mask), monkeypatch, [p for p in lm.decoder.parameters() if p.requires_grad], lr=0.0)
     for m, modality in enumerate(tars.MODALITIES):  # -log pi of the tokens, their mean in each answer, the mean of eight answers
-        entropy = sum(-trained[b, m, s].mean().item() for b in range(4) for s in (0, 1)) / 8
+        rows = [(questions[b], m == 0, ids[b, m, s][mask[b, m, s] == 1].tolist()) for b in range(4) for s in (0, 1)]
+        with torch.no_grad():
+            entropy = sum(-plain_logps(lm, *row).mean().item() for row in rows) / 8
         assert metrics[f"entropy_{modality}"] == pytest.approx(entropy, rel=1e-4)
-    k3 = [r - 1 - math.log(r) for key in base for r in torch.exp(base[key] - trained[key]).tolist()]  # of the first group
-    assert metrics["kl"] == pytest.approx(sum(k3) / len(k3), rel=1e-3) and metrics["kl"] > 0.01
-    assert metrics["clipped"] == 0
 
 
 @pytest.mark.parametrize("loss", [
@@ -720,18 +716,13 @@ def test_judge_pairs_completions_with_their_questions():
 
 
 def test_micro_batches_by_hand():
-    # Two prompts and 2 + 2 answers, a row: 10 + 4 + 5 + 1 + 1 + 1 = 22, 35 + 9 = 44, 16 + 14 = 30, 34 + 5 = 39; 135 in all.
+    # Two prompts and 2 + 2 answers, a row: 10 + 4 + 5 + 1 + 1 + 1 = 22, 35 + 9 = 44, 16 + 14 = 30, 34 + 5 = 39.
     prompt, answer = [(10, 4), (5, 30), (12, 4), (28, 6)], [(5, 1), (2, 5), (6, 6), (1, 2)]
     prompts = [[torch.zeros(n, 1) for n in group] for group in prompt]
     completion_mask = torch.tensor([[[[1] * n + [0] * (6 - n), [1] + [0] * 5] for n in group] for group in answer])
-
-    def packed(budget):
-        return tars.micro_batches(prompts, completion_mask, budget)
-
-    assert packed(1) == ([[1], [3], [2], [0]], 1.0)  # the longest first, and alone where nothing fits
-    assert packed(88) == ([[1, 3], [2, 0]], (2 * 44 + 2 * 30) / 135)
-    assert packed(87) == ([[1], [3, 2], [0]], (44 + 2 * 39 + 22) / 135)
-    assert packed(4 * 44) == ([[1, 3, 2, 0]], 4 * 44 / 135)
+    for budget, batches in ((1, [[1], [3], [2], [0]]),  # the longest first, and alone where nothing fits
+                            (88, [[1, 3], [2, 0]]), (87, [[1], [3, 2], [0]]), (4 * 44, [[1, 3, 2, 0]])):
+        assert tars.micro_batches(prompts, completion_mask, budget) == batches
 
 
 # ======================================================================================================================
@@ -744,7 +735,7 @@ def long_and_short(questions):
 
 def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, questions):
     questions = long_and_short(questions)
-    prompts = lm.embed(questions)
+    prompts = lm.embed_prompts(questions)
     ids, mask, truncated = lm.rollout(prompts, 3, 12, temperature=0)
     banned = lm.placeholder_ids.tolist()
     for b, question in enumerate(questions):
@@ -769,10 +760,10 @@ def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, q
         return token
 
     monkeypatch.setattr(torch, "multinomial", draw)
-    prompts = lm.embed(long_and_short(questions))
+    prompts = lm.embed_prompts(long_and_short(questions))
     ids, mask, _ = lm.rollout(prompts, 3, 12, 0.7, torch.Generator().manual_seed(0))
     assert ids.shape[-1] == len(drawn)
-    logps = lm.forward(prompts, ids, mask, 0.7, pool=False)[0].detach().flatten(0, 1)  # [8, 3, C]
+    logps = lm.score(prompts, ids, mask, 0.7, pool=False)[0].detach().flatten(0, 1)  # [8, 3, C]
     alive = mask.flatten(0, 1).bool()
     for t, at_draw in enumerate(drawn):
         rows = alive[..., t].any(-1)
@@ -804,7 +795,7 @@ def constant_lm(lm, favoured):
 def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
     one, two, three = lm.tokenizer.convert_tokens_to_ids([" one", " two", " three"])
     lm = constant_lm(lm, [one, two, three])
-    prompts = lm.embed(questions[:1])
+    prompts = lm.embed_prompts(questions[:1])
     # At temperature 0.5 the weights 6, 3, 1 are squared: 36, 9, 1 of 46.
     for temperature, weights in ((1.0, (6, 3, 1)), (0.5, (36, 9, 1))):
         ids, mask, truncated = lm.rollout(prompts, 1000, 2, temperature, torch.Generator().manual_seed(0))
@@ -812,7 +803,7 @@ def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
         for token, weight in zip((one, two, three), weights):
             share = weight / sum(weights)  # 4000 draws: 5 standard errors
             assert (ids == token).double().mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
-        logps, _ = lm.forward(prompts, ids[:, :, :300], mask[:, :, :300], temperature)  # 1200 tokens: two chunks of logits
+        logps, _ = lm.score(prompts, ids[:, :, :300], mask[:, :, :300], temperature)  # 1200 tokens: two chunks of logits
         expected = torch.log(torch.tensor(weights) / sum(weights))[torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]  # [1, 2, 1000, 2]
         torch.testing.assert_close(logps, expected[:, :, :300], atol=1e-5, rtol=0)
 
@@ -820,7 +811,7 @@ def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
 def test_mask_runs_through_the_first_end_of_turn(lm, questions):
     *_, end = tokens = lm.tokenizer.convert_tokens_to_ids([" one", " two", lm.family.end_of_turn[0]])
     lm = constant_lm(lm, tokens)
-    ids, mask, truncated = lm.rollout(lm.embed(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
+    ids, mask, truncated = lm.rollout(lm.embed_prompts(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
     for row, keep, cut in zip(ids.flatten(0, 2).tolist(), mask.flatten(0, 2).tolist(), truncated.flatten().tolist()):
         length = row.index(end) + 1 if end in row else len(row)
         assert keep == [1] * length + [0] * (len(row) - length) and cut == (end not in row)
@@ -829,7 +820,7 @@ def test_mask_runs_through_the_first_end_of_turn(lm, questions):
 
 
 def test_rollout_follows_its_generator(lm, questions):
-    prompts = lm.embed(questions[:1])
+    prompts = lm.embed_prompts(questions[:1])
     a, b, c = (lm.rollout(prompts, 8, 6, 1.0, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -837,7 +828,7 @@ def test_rollout_follows_its_generator(lm, questions):
 def test_each_end_of_turn_ends_an_answer_and_padding_follows(lm, questions):
     one, *ends = lm.tokenizer.convert_tokens_to_ids([" one", *lm.family.end_of_turn])
     lm = constant_lm(lm, [one, *ends])
-    ids, mask, _ = lm.rollout(lm.embed(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
+    ids, mask, _ = lm.rollout(lm.embed_prompts(questions[:2]), 50, 6, 1.0, torch.Generator().manual_seed(0))
     for row, keep in zip(ids.flatten(0, 2).tolist(), mask.flatten(0, 2).tolist()):
         length = next((t + 1 for t, token in enumerate(row) if token in ends), 6)
         assert keep == [1] * length + [0] * (6 - length) and row[length:] == [ends[-1]] * (6 - length)
@@ -848,7 +839,7 @@ def test_rollout_is_as_long_as_its_longest_answer(lm, questions):
     logits = torch.full((len(lm.tokenizer),), -math.inf)
     logits[end] = 0.0
     lm.model.lm_head = ConstantHead(logits)
-    ids, mask, truncated = lm.rollout(lm.embed(questions[:1]), 2, 6, 1.0)
+    ids, mask, truncated = lm.rollout(lm.embed_prompts(questions[:1]), 2, 6, 1.0)
     assert ids.shape == mask.shape == (1, 2, 2, 1) and not truncated.any()  # every answer ends at once
 
 
@@ -873,7 +864,7 @@ def test_control_tokens_in_a_question_stay_text(lm, questions):
     evil = questions[0] | {"question": f"one{turn}{audio}"}
 
     def count(q):
-        return int((lm.embed([q])[0][1] == end).all(-1).sum())
+        return int((lm.embed_prompts([q])[0][1] == end).all(-1).sum())
 
     assert count(evil) == count(questions[0]) == 2  # the template's own, after system and user
 
@@ -928,35 +919,6 @@ def test_questions_differ_so_a_mixed_up_row_would_show(lm, questions, answers):
         assert (logps[0] - logps[b]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("T, S", [(1, 40), (3, 40), (3, 12), (5, 12)])  # the last one is left to sdpa
-def test_folded_attention_against_a_float64_loop(monkeypatch, T, S):
-    q, k, v = random_(2, 8, T, 4), random_(2, 2, S, 4, seed=1), random_(2, 2, S, 4, seed=2)
-    mask = torch.rand(2, 1, T, S, generator=torch.Generator().manual_seed(3)) < 0.5
-    mask[..., 0] = True
-    module = SimpleNamespace(num_key_value_groups=4, is_causal=True)
-    if 4 * T <= S:
-        monkeypatch.setattr(tars, "sdpa_attention_forward", lambda *args, **kwargs: pytest.fail("keys were repeated"))
-    out, _ = tars.folded_attention(module, q, k, v, mask, scaling=0.5, dropout=0.0)
-    for n, head, t in np.ndindex(2, 8, T):
-        scores = [0.5 * float(q[n, head, t] @ k[n, head // 4, j]) if mask[n, 0, t, j] else -math.inf for j in range(S)]
-        weights = [math.exp(x) for x in scores]
-        expected = sum(w * v[n, head // 4, j] for j, w in enumerate(weights)) / sum(weights)
-        torch.testing.assert_close(out[n, t, head], expected, atol=1e-12, rtol=0)
-
-
-def test_cache_with_room_equals_transformers_own_and_copies_nothing():
-    ours, theirs = tars.RoomyLayer(), tars.DynamicLayer()
-    for step, n in enumerate([5] + [3] * 200):  # beyond the room, more than once
-        new = random_(4 if step < 50 else 2, 2, n, 4, seed=step), random_(4 if step < 50 else 2, 2, n, 4, seed=step + 999)
-        place = getattr(ours, "buffers", [None])[0]
-        for a, b in zip(ours.update(*new), theirs.update(*new)):
-            assert torch.equal(a, b)
-        assert step in (0, 50) or place is ours.buffers[0] or place.shape[-2] < ours.get_seq_length()
-        if step == 49:
-            for layer in (ours, theirs):
-                layer.batch_select_indices(torch.tensor([True, False, True, False]))
-
-
 def test_detokenize_stops_where_the_mask_does(lm):
     one, two, end = lm.tokenizer.convert_tokens_to_ids([" one", " two", lm.family.end_of_turn[0]])
     ids, mask = torch.tensor([[one, two, end, two], [two, one, one, one]]), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
@@ -973,10 +935,10 @@ def test_pad_left_by_hand():
 def test_paired_rows_by_hand():
     # Question 1: a prompt of 2 tokens with answers of 2 and 1, a prompt of 1 with answers of 1 and 1, padded by 1 token.
     # Question 2: a prompt of 1 with answers of 2 and 2, a prompt of 2 with answers of 1 and 1.
-    answered = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
-    sees, positions, previous = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), answered)
+    is_token = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
+    sees, positions, predictor = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), is_token)
     assert positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 0], [0, 1, 2, 1, 2, 0, 1, 2, 2]]
-    assert previous.tolist() == [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]]
+    assert predictor.tolist() == [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]]
     assert sees[0, 0].int().tolist() == [  # query x key; padding sees itself, for softmax over nothing is NaN
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -1025,23 +987,27 @@ def test_lora_starts_random_and_is_float32_beside_bfloat16():
 
 def test_lora_is_all_that_is_trained_and_the_run_says_so(lm, capsys):
     total = sum(p.numel() for p in lm.model.parameters())
-    optimizer, generator = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, seed=5))
-    assert optimizer.param_groups[0]["weight_decay"] == 0.3 and generator.initial_seed() == 5
+    optimizer = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, seed=5, layers="2-3"))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
     assert {m.scale for m in lm.model.modules() if isinstance(m, LoRALinear)} == {3.0}
     trained = 2 * 4 * (320 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 160 + 3 * 512)
-    assert capsys.readouterr().out == f"{total + trained:,} parameters, {trained:,} of them trained\n"
+    assert capsys.readouterr().out.splitlines() == ["cpu, float32", f"{total + trained:,} parameters; trained are {trained:,} in float32, "
+                                                    f"LoRA on {4 * linears(lm)} linear layers; R_rep compares 2 of 4 layers"]
     assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == trained
 
 
-def test_without_lora_is_the_base_model_and_ends_with_its_context(lm, questions, answers):
-    base, _ = forward(lm, questions, *answers)
-    perturb(lm)
-    trained, _ = forward(lm, questions, *answers)
-    with pytest.raises(KeyError), without_lora():
-        inside, _ = forward(lm, questions, *answers)
-        raise KeyError
-    assert torch.equal(inside, base) and (trained - base).abs().max() > 0.1
-    assert torch.equal(forward(lm, questions, *answers)[0], trained)
+def test_lora_without_a_linear_layer_is_refused(lm):
+    lm.decoder.layers = torch.nn.ModuleList([torch.nn.LayerNorm(2).requires_grad_(False)])
+    with pytest.raises(SystemExit, match="no nn.Linear"):
+        attach_lora(lm, 2, 4)
+
+
+def test_lora_of_a_seed_is_the_same_in_each_process(checkpoint):
+    made = []
+    for other in (0, 1):
+        torch.manual_seed(other)  # must not matter
+        made.append(tars.make_trainable(SpeechLM.from_pretrained(checkpoint), Config(seed=7)).param_groups[0]["params"])
+    assert all(torch.equal(p, q) for p, q in zip(*made))
 
 
 # ======================================================================================================================
@@ -1063,32 +1029,11 @@ def test_gradient_checkpointing_runs_each_layer_again(lm, questions, answers, ch
     assert len(ran) == 1 + checkpointing
 
 
-def test_nothing_is_recomputed_where_no_gradient_is_wanted(lm, questions, answers, monkeypatch):
-    calls, recompute = [], tars.recompute
-    monkeypatch.setattr(tars, "recompute", lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs))
-    lm.recompute_layers()
-    lm.rollout(lm.embed(questions), 2, 3, 1.0)
-    assert not calls
-    forward(lm, questions, *answers)
-    assert len(calls) >= 4  # each of four layers, and the logits
-
-
-def test_processes_share_the_adapter_and_draw_apart(checkpoint, monkeypatch):
-    made = []
-    for rank in (0, 1):
-        monkeypatch.setattr(tars, "RANK", rank)
-        torch.manual_seed(rank)  # must not matter
-        made.append(tars.make_trainable(SpeechLM.from_pretrained(checkpoint), Config(seed=7)))
-    (a, generator), (b, other) = made
-    assert all(torch.equal(p, q) for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"]))
-    assert generator.initial_seed() == 7 != other.initial_seed()
-
-
 def test_records_of_an_evaluation_are_the_greedy_answers_in_order(lm, questions):
-    records = [r for batch in tars.answer_greedily(lm, questions, tars.extract_answers, Config(max_new_tokens=6, eval_batch=3)) for r in batch]
+    records = list(tars.answer_greedily(lm, questions, tars.extract_answers, Config(max_new_tokens=6, eval_batch=3)))
     assert [(r["key"], r["modality"]) for r in records] == [(q["key"], m) for q in questions for m in ("speech", "text")]
     for b, question in enumerate(questions):
-        ids, mask, _ = lm.rollout(lm.embed([question]), 1, 6, temperature=0)  # [1, 2, 1, C]
+        ids, mask, _ = lm.rollout(lm.embed_prompts([question]), 1, 6, temperature=0)  # [1, 2, 1, C]
         assert [r["completion"] for r in records[2 * b : 2 * b + 2]] == lm.detokenize(ids, mask)
 
 
@@ -1102,15 +1047,10 @@ def test_data_order_visits_every_question_once_an_epoch():
     assert sorted(sum(drawn(10, 4, 8), [])[20:30]) == list(range(10))  # the third epoch
 
 
-def test_data_order_of_ever_so_many_steps_costs_nothing():
-    start = time.perf_counter()
-    assert len(next(tars.islice(tars.data_order(9953, 8, 0), 1000, None))) == 8 and time.perf_counter() - start < 2
-
-
 def run(*command, fails=False):
     """Run a command of the project; its output if it ends as expected."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)})
-    assert (done.returncode == 2) if fails else (done.returncode == 0), done.stderr[-3000:]
+    assert (done.returncode == 1) if fails else (done.returncode == 0), done.stderr[-3000:]
     return done.stderr if fails else done.stdout
 
 
@@ -1136,7 +1076,7 @@ def small_run(small_demo, tmp_path_factory):
 def test_end_to_end_writes_what_it_promises(small_run):
     out, printed = small_run
     names = {p.name for p in (out / "a").iterdir()}
-    assert names - {"checkpoints"} == {"adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "samples.jsonl", "summary.json"}
+    assert names == {"checkpoint.pt", "adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "samples.jsonl", "summary.json"}
     summary = json.loads((out / "a" / "summary.json").read_text())
     assert summary["n_speech"] == summary["n_text"] == 40 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
     lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
@@ -1170,19 +1110,6 @@ def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo)
     assert accuracy == {"speech": summary["speech"], "text": summary["text"]} and accuracy["text"] > 0
 
 
-def patched(small_demo, out, patch):
-    """The run of long_flags with a line of Python before it that breaks something; what it said."""
-    code = f"import sys, torch, tars\n{patch}\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))"
-    return run("-c", code, *long_flags(small_demo, out)[1:], "--steps", 40, fails=True)
-
-
-def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path):
-    said = patched(small_demo, tmp_path / "run", "tars.grpo_loss = lambda logps, *rest: logps.sum() * float('nan')")
-    assert "ten steps in a row" in said and "Traceback" not in said
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == 10 and all(line["loss"] is None and line["skipped"] == 1 for line in lines)
-
-
 # ======================================================================================================================
 # 7. Questions
 # ======================================================================================================================
@@ -1213,38 +1140,20 @@ def float_wav(samples):
 GOOD = {"key": "q7", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 0, "prompt_for_tts": "Who?"}
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"answer_index": 4}, "q7 has the answer_index 4"), ({"answer_index": -1}, "q7 has the answer_index -1"),
-    ({"options": ["w", "x", "y"]}, "q7 has no four options"), ({"options": list("vwxyz")}, "q7 has no four options"),
-    ({"options": ["w", "", "y", "z"]}, "q7 has no four options"), ({"options": []}, "q7 has no four options"), ({"question": ""}, "q7 has no question"),
-    ({"question": " \n"}, "q7 has no question"), ({"question": None}, "q7 has no question"), ({"answer_index": None}, "q7 has the answer_index None"),
-    (["audio"], r"lacks the column.s. audio"), (["options", "key"], r"lacks the column.s. key, options"),
-    (["answer_index"], "answer_index"), (["prompt_for_tts"], "prompt_for_tts"), ([], "an empty one"),
-], ids=str)
-def test_bad_questions_are_named(tmp_path, change, says):
-    row = GOOD | {"audio": {"bytes": tone(0.5, 16_000), "path": None}}
-    data = datasets.Dataset.from_list([row] + ([row | change] if isinstance(change, dict) else []))
-    data = data.remove_columns(change) if change and isinstance(change, list) else data
-    (data if change else data.select([])).save_to_disk(tmp_path / "data")
-    with pytest.raises(tars.UserError, match=says):
-        load_questions(tmp_path / "data")
-
-
-def test_missing_column_is_named(small_demo, tmp_path):
-    load_questions(small_demo / "test").remove_columns("options").save_to_disk(tmp_path / "data")
-    with pytest.raises(tars.UserError, match="options"):
-        load_questions(tmp_path / "data")
-
-
-@pytest.mark.parametrize("data, says", [
-    (b"no audio at all", "unreadable clip"), (b"", "unreadable clip"), (b"RIFF", "unreadable clip"),
-    (tone(0.5, 8_000), "no 16-bit mono WAV at 16 kHz: convert it with data_prep.py"),
-    (tone(0.5, 16_000, channels=2), "no 16-bit mono WAV"), (wav(np.zeros((8000, 1), int), width=3), "no 16-bit mono WAV"),
-    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 16_000), "longer than 300 s .301.00 s."),
-], ids=lambda x: x if isinstance(x, str) else "clip")
-def test_clips_are_16_bit_mono_wav_and_others_are_named(data, says):
-    with pytest.raises(tars.UserError, match="q7 has an? .*" + says):
+@pytest.mark.parametrize("data", [tone(1, 8_000), wav(np.zeros((16_000, 1), int), width=1), tone(0.05, 16_000), tone(301, 16_000),
+                                  tone(1, 16_000, channels=2)], ids=["rate", "width", "short", "long", "stereo"])
+def test_clips_are_16_bit_mono_wav_and_others_are_named(data):
+    with pytest.raises(SystemExit, match="q7 is no 16-bit mono WAV at 16 kHz of 0.1 to 300 s"):
         read_clip(data, "q7")
+
+
+@pytest.mark.parametrize("change", [{"options": ["x"] * 3}, {"answer_index": -1}, {"answer_index": 4}], ids=str)
+def test_questions_without_four_options_or_an_answer_are_named(small_demo, tmp_path, change):
+    questions = datasets.load_from_disk(small_demo / "val")
+    rows = [questions[i] | (change if i == 2 else {}) for i in range(4)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    with pytest.raises(SystemExit, match=questions[2]["key"]):
+        load_questions(tmp_path / "data")
 
 
 def test_clip_is_scaled_to_one():
@@ -1270,7 +1179,7 @@ def test_phi_speech_lora_is_merged(tmp_path):
     torch.manual_seed(0)
     for piece in (pieces := tiny_phi()):
         piece.save_pretrained(tmp_path)
-    with pytest.raises(tars.UserError, match="speech-lora"):
+    with pytest.raises(OSError, match="speech-lora"):
         SpeechLM.from_pretrained(str(tmp_path))
     tensors = save_speech_lora(pieces[0], tmp_path)
     merged = dict(SpeechLM.from_pretrained(str(tmp_path)).model.named_modules())
@@ -1290,7 +1199,7 @@ def test_full_qwen_checkpoint_gives_the_log_probs_of_its_thinker(tmp_path, quest
     full = tmp_path / "full"
     Qwen2_5OmniConfig(thinker_config=model.config.to_dict()).save_pretrained(full)
     assert json.loads((full / "config.json").read_text())["model_type"] == "qwen2_5_omni"
-    tars.save_file(tensors, full / "model.safetensors", {"format": "pt"})
+    save_file(tensors, full / "model.safetensors", {"format": "pt"})
     logps = []
     for path in (full, tmp_path / "thinker"):
         tokenizer.save_pretrained(path)
@@ -1325,25 +1234,43 @@ def damaged(source, path, change):
     tensors = load_file(path / "model.safetensors")
     name = next(name for name in sorted(tensors) if name.endswith(("layers.1.mlp.down_proj.weight", "layers.0.fc1.weight")))
     change(tensors, name)
-    tars.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return name.split("layers.")[1]
 
 
-DAMAGE = {
-    "missing": lambda tensors, name: tensors.pop(name),
-    "renamed": lambda tensors, name: tensors.update({name + "s": tensors.pop(name)}),
-    "another shape": lambda tensors, name: tensors.update({name: tensors[name][:, :3].contiguous()}),
-    "NaN": lambda tensors, name: tensors[name].view(-1)[:1].fill_(math.nan),
-    "infinite": lambda tensors, name: tensors[name].view(-1)[:1].fill_(math.inf),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_model_that_is_not_whole_is_refused_by_its_tensor(checkpoint, tmp_path, damage):
-    name = damaged(checkpoint, tmp_path / "model", DAMAGE[damage])
-    with pytest.raises(tars.UserError, match="no whole .*missing, left over, of another shape or not finite.*" + re.escape(name)) as error:
+@pytest.mark.parametrize("change", [lambda tensors, name: tensors.pop(name),
+                                    lambda tensors, name: tensors.update({name + "s": tensors.pop(name)})], ids=["missing", "renamed"])
+def test_model_that_lacks_a_tensor_is_refused(checkpoint, tmp_path, change):
+    name = damaged(checkpoint, tmp_path / "model", change)
+    with pytest.raises(SystemExit, match="does not fit its config.json: 1 tensors.*" + re.escape(name)):
         SpeechLM.from_pretrained(str(tmp_path / "model"))
-    assert "\n" not in str(error.value)
+
+
+def test_model_with_a_layer_more_than_its_config_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, path := tmp_path / "model")
+    settings = json.loads((path / "config.json").read_text())
+    of_text = settings.get("text_config", settings)
+    of_text["num_hidden_layers"] = 3
+    of_text.pop("layer_types", None)
+    (path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match="does not fit its config.json.*layers.3"):
+        SpeechLM.from_pretrained(str(path))
+
+
+def test_models_take_their_checkpoints_dtype_on_a_gpu_that_has_it_and_float32_elsewhere(monkeypatch):
+    asked = []
+
+    class Kind:
+        def from_pretrained(path, dtype, output_loading_info):
+            asked.append(dtype)
+            return SimpleNamespace(state_dict=dict, to=lambda device: torch.nn.Module()), {"missing_keys": set(), "unexpected_keys": set()}
+
+    for native in (False, True):
+        monkeypatch.setattr(tars, "BFLOAT16", native)
+        for device in ("cpu", "cuda"):
+            tars.load_model(Kind, "path", device)
+    tars.load_model(Kind, "path", "cuda", torch.float16)
+    assert asked == [torch.float32, torch.float32, torch.float32, "auto", torch.float16]
 
 
 def test_model_with_more_tensors_is_harmless(checkpoint, tmp_path):
@@ -1351,43 +1278,29 @@ def test_model_with_more_tensors_is_harmless(checkpoint, tmp_path):
     SpeechLM.from_pretrained(str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "preprocessor_config.json"])
-def test_torn_file_of_a_model_ends_in_one_line(checkpoint, tmp_path, file):
-    shutil.copytree(checkpoint, path := tmp_path / "model")
-    (path / file).write_bytes((path / file).read_bytes()[: (path / file).stat().st_size // 2])
-    with pytest.raises(tars.UserError, match="no usable model") as error:
-        SpeechLM.from_pretrained(str(path))
-    assert "\n" not in str(error.value)
-
-
-def test_revision_of_phi_belongs_to_microsofts_repository_alone(checkpoint, monkeypatch):
+def test_revision_of_phi_belongs_to_microsofts_repository_alone(monkeypatch):
     """No hub here: what would be asked of it is recorded."""
     asked = []
 
-    def no_hub(load, path, revision=None, **options):
-        asked.append((path, revision))
-        return ({"model_type": "phi4mm"}, {}) if load == tars.PretrainedConfig.get_config_dict else Phi4MultimodalConfig()
+    def no_hub(path, *file, revision=None, **options):
+        asked.append(revision)
+        return SimpleNamespace()
 
-    monkeypatch.setattr(tars, "open_pretrained", no_hub)
+    monkeypatch.setattr(tars, "family_of", lambda path: Phi4Multimodal)
+    for owner, name in ((tars.transformers.PreTrainedTokenizerFast, "from_pretrained"), (Phi4MultimodalFeatureExtractor, "from_pretrained"), (Phi4Multimodal, "load")):
+        monkeypatch.setattr(owner, name, no_hub)
     monkeypatch.setattr(SpeechLM, "__init__", lambda self, *parts: None)
-    monkeypatch.setattr(tars, "to_device", lambda model, family: model)
-    for path, revision in (("microsoft/Phi-4-multimodal-instruct", "refs/pr/70"), ("somebody/phi-4-tuned", "main"), (checkpoint, "main")):
+    for path, revision in (("microsoft/Phi-4-multimodal-instruct", "refs/pr/70"), ("somebody/phi-4-tuned", None), ("runs/phi", None)):
         asked.clear()
         SpeechLM.from_pretrained(path)
-        assert {r for _, r in asked if r} == {revision} and len(asked) == 5  # model_type, configuration; tokenizer, extractor, model
-
-
-def test_layers_are_counted_without_the_weights(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, path := tmp_path / "model")
-    (path / "model.safetensors").unlink()
-    assert tars.family_of(str(path)) == (SpeechLM.from_pretrained(checkpoint).family, 4)
+        assert asked == [revision] * 3  # tokenizer, extractor, model
 
 
 def test_a_run_in_emulated_bfloat16(checkpoint, small_demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "DTYPE", torch.bfloat16)
+    family = tars.family_of(checkpoint)
+    monkeypatch.setattr(family, "load", staticmethod(functools.partial(family.load, dtype=torch.bfloat16)))
     data = ["--data", str(small_demo / "train"), "--eval-data", str(small_demo / "val"), "--embedder", "ngrams", "--max-new-tokens", "6"]
-    flags = ["--model", checkpoint, "--out", str(tmp_path / "run"), "--steps", "2", "--questions-per-step", "2", "--lr", "0.01", *data]
-    tars.main(flags)
+    tars.main(["--model", checkpoint, "--out", str(tmp_path / "run"), "--steps", "2", "--questions-per-step", "2", "--lr", "0.01", *data])
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(math.isfinite(line[k]) for line in lines for k in ("loss", "rep_speech", "reward_speech"))
     lm = SpeechLM.from_pretrained(checkpoint)
@@ -1395,15 +1308,13 @@ def test_a_run_in_emulated_bfloat16(checkpoint, small_demo, tmp_path, monkeypatc
     assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16, torch.float32}  # LoRA's matrices stay float32
 
 
-def test_cudnns_attention_is_off_and_batches_are_for_a_gpu():
-    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
-    assert Config().eval_batch == 32
-
-
 def test_unknown_family_is_told_which_are_known(tmp_path):
-    Qwen2Config().save_pretrained(tmp_path)
-    with pytest.raises(tars.UserError, match="family qwen2; known are qwen2_5_omni, qwen2_5_omni_thinker, phi4_multimodal"):
-        SpeechLM.from_pretrained(str(tmp_path))
+    Qwen2Config().save_pretrained(tmp_path / "qwen2")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="qwen2 is no speech LLM.*qwen2_5_omni.*phi4_multimodal"):
+        SpeechLM.from_pretrained(str(tmp_path / "qwen2"))
+    with pytest.raises((SystemExit, OSError), match="config.json"):
+        SpeechLM.from_pretrained(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("family, parts", [
@@ -1420,87 +1331,62 @@ def test_default_architecture_has_the_real_models_size(family, parts):
     for name, p in model.named_parameters():
         part = next((part for part in parts if part in name.split(".")), "layers or embeddings")
         counts[part] += p.numel() / 1e9
-    assert family.vision_part in parts and counts == {part: pytest.approx(size, abs=0.01) for part, size in parts.items()}
+    assert counts == {part: pytest.approx(size, abs=0.01) for part, size in parts.items()}
 
 
 # ======================================================================================================================
 # 9. Answer extractor and sentence embedder
 # ======================================================================================================================
-@pytest.mark.parametrize("completion, letter", [
-    ("<think>A or D?</think><answer>The answer is B.</answer>", "B"),
-    ("The answer is (C).", "C"),
-    ("The answer is: D", "D"),
-    ("<answer>Option C</answer>", "C"),
-    ("<answer>B</answer>", "B"),
-    ("(B).", "B"),
-    ("<answer>The answer is Dublin.</answer>", "C"),
-    ("The answer is dublin", "C"),
-    ("The answer is because of D.", None),  # VoiceBench's cascade reads B here
-    ("The answer is a dog.", None),  # an article, no option
-    ("The answer is B. No, the answer is C.", None),  # two letters: no guess
-    ("<think>The answer is B.</think><answer>I cannot tell</answer>", None),
-    ("The answer is Better.", None),
-    ("The answer is **B**.", "B"),
-    ("The answer is A or B.", None),
-    ("The answer is A, as option A says.", "A"),
-    ("The answer is not B.", None),
-    ("", None),
-])
-def test_extract_answer(completion, letter):
-    assert extract_answer(completion, OPTIONS) == letter
-
-
 ANIMALS = ["a lizard", "a beetle", "a scorpion", "a frog"]
 THINGS = ["wood", "stone", "paper", "glass"]
+WATER = ["10 °C", "100 °C", "1,000", "0.75"]
+DRINKS = ["beer", "red wine", "tea", "milk"]
 
 
 @pytest.mark.parametrize("completion, options, letter", [
-    # what counts is what stands after the thought
+    # what counts is what stands after the thought, in <answer> if there is one
+    ("<think>A or D?</think><answer>The answer is B.</answer>", THINGS, "B"), ("<think>So A.</think>\n\nThe answer is C.", THINGS, "C"),
     ("<think>I must end with <answer>The answer is A.</answer></think><answer>The answer is D.</answer>", THINGS, "D"),
-    ("<think>So A.</think>\n\nThe answer is C.", THINGS, "C"), ("So B. The answer is B.</think>D", THINGS, "D"),
-    ("<think>Stone it is. The answer is B.", THINGS, None), ("<THINK>x</THINK><Answer>C</Answer>", THINGS, "C"),
-    ("<think>A</think> <think>no", THINGS, None), ("<think>x</think><answer>The answer is B.", THINGS, "B"),
-    ("<think>x</think><answer></answer>", THINGS, None), ("<think>x</think><answer>The answer<answer>The answer is A.</answer>", THINGS, "A"),
-    # two final blocks
-    ("<think>x</think><answer>The answer is A.</answer> No. <answer>The answer is B.</answer>", THINGS, None),
-    ("<answer>B</answer><answer>The answer is stone.</answer>", THINGS, "B"),
-    # a letter that is a word
-    ("The answer is A red herring", THINGS, None), ("A cat is an animal.", THINGS, None), ("The key is C major.", THINGS, None),
-    ("The answer is A red herring.", ["red herring", "x", "y", "z"], "A"), ("The answer is vitamin C.", ["vitamin C", "iron", "zinc", "x"], "A"),
-    ("Figure A shows the lungs.", ["heart", "liver", "skin", "bone"], None), ("Santiago is the capital of Chile.", ["Peru", "Chile", "Brazil", "Cuba"], "B"),
-    # letter and its option
-    ("C. a scorpion", ANIMALS, "C"), ("(B) stone", THINGS, "B"), ("B: stone", THINGS, "B"), ("The answer is C, the scorpion.", ANIMALS, "C"),
-    ("It is a scorpion (C).", ANIMALS, "C"), ("10 + 4 = 14 (B)", ["4", "14", "24", "40"], "B"),
-    # letter and another option's text
-    ("The answer is B, glass", THINGS, None), ("D. a scorpion", ANIMALS, None), ("The answer is paper (D).", THINGS, None),
-    ("The answer is B. Unlike glass, stone does not shatter.", THINGS, "B"),
+    ("So B. The answer is B.</think>D", THINGS, "D"), ("<think>Stone it is. The answer is B.", THINGS, None), ("<think>A</think> <think>no", THINGS, None),
+    ("<THINK>x</THINK><Answer>C</Answer>", THINGS, "C"), ("<think>x</think><answer>The answer is B.", THINGS, "B"), ("<think>x</think><answer></answer>", THINGS, None),
+    # a letter, plainly said
+    ("B", THINGS, "B"), ("(B)", THINGS, "B"), ("(B).", THINGS, "B"), ("[B]", THINGS, "B"), ("b)", THINGS, "B"), ("<answer>Option C</answer>", THINGS, "C"),
+    ("The answer is (C).", THINGS, "C"), ("The answer is: D", THINGS, "D"), ("THE ANSWER IS B.", THINGS, "B"), ("the answer is b.", THINGS, "B"),
+    ("The correct choice would be C", THINGS, "C"), ("I'd go with option d", THINGS, "D"), ("It must be B", THINGS, "B"), ("C is the right answer.", THINGS, "C"),
+    ("Therefore, B.", THINGS, "B"), ("I'd say C, because it is paper.", THINGS, "C"), ("The answer is A. Option B is wrong, since stone sinks.", THINGS, "A"),
     # markup and quotes
-    ("**Answer:** (C)", THINGS, "C"), ("ANSWER: $A$", THINGS, "A"), (r"\boxed{\text{B}}", THINGS, "B"), ('"B"', THINGS, "B"), ("[B]", THINGS, "B"),
-    ("<b>B</b>", THINGS, "B"), (r"Thus \(\boxed{D}\).", THINGS, "D"), ("### Answer\n\n**C**", THINGS, "C"), ("`D`", THINGS, "D"),
-    ("Ａｎｓｗｅｒ：Ｂ", THINGS, "B"), ("The\u00a0answer\u200b is\u00a0B.", THINGS, "B"), ("Answer → C", THINGS, "C"),
-    # other words
-    ("The correct choice would be C", THINGS, "C"), ("I'd go with option d", THINGS, "D"), ("It must be B", THINGS, "B"),
-    ("C is the right answer.", THINGS, "C"), ("My vote goes to D.", THINGS, "D"), ("So D it is.", THINGS, "D"), ("Therefore, B.", THINGS, "B"),
-    ("I'd say C, because it is paper.", THINGS, "C"), ("正确答案是B。", THINGS, "B"), ("综上所述，选项C是正确的。", THINGS, "C"),
-    # case
-    ("THE ANSWER IS B.", THINGS, "B"), ("the answer is b.", THINGS, "B"), ("b)", THINGS, "B"), ("the answer is a.", THINGS, "A"),
-    ("the answer is a scarf", THINGS, None),
-    # the option's words, no letter
-    ("The answer is a scorpion.", ANIMALS, "C"), ("It's the scorpion", ANIMALS, "C"), ("The answer is water.", ["water", "salt water", "ice", "x"], "A"),
-    ("The answer is salt water.", ["water", "salt water", "ice", "x"], "B"), ("The answer is 14.", ["4", "14", "24", "40"], "B"),
-    ("The answer is 24.5.", ["4", "14", "24", "40"], None), ("The answer is -3.", ["3", "-3", "0", "6"], "B"),
-    # negation, elimination, hedging
-    ("not C", THINGS, None), ("Option A is wrong, so is B. The answer is C.", THINGS, "C"), ("B or C", THINGS, None),
-    ("It's not A, it's B.", THINGS, "B"), ("The answer isn't D.", THINGS, None), ("A and C are both correct.", THINGS, None),
-    ("The answer could be A, but B is also possible.", THINGS, None), ("Probably B.", THINGS, "B"), ("I think it's B, but I'm not sure.", THINGS, "B"),
-    ("At first I thought A, but the answer is C.", THINGS, "C"), ("The answer is A. So A is wrong.", THINGS, None), ("All but D.", THINGS, None),
-    ("A, B and D can be ruled out. That leaves C.", THINGS, "C"), ("The answer is A, B, and C.", THINGS, None),
-    # nothing chosen
-    ("None of these.", THINGS, None), ("None of these.", ["x", "y", "z", "none of these"], "D"), ("I don't know.", THINGS, None),
-    ("A. wood\nB. stone\nC. paper\nD. glass", THINGS, None), ("A. wood\nB. stone\nC. paper\nD. glass\n\nThe answer is stone.", THINGS, "B"),
+    (r"\boxed{B}", THINGS, "B"), (r"\boxed{\text{B}}", THINGS, "B"), (r"Thus \(\boxed{D}\).", THINGS, "D"), ("ANSWER: $A$", THINGS, "A"), ('"B"', THINGS, "B"),
+    ("**Answer:** (C)", THINGS, "C"), ("### Answer\n\n**C**", THINGS, "C"), ("<b>B</b>", THINGS, "B"), ("`D`", THINGS, "D"),
+    # a letter beside its option's words, or beside another's
+    ("The answer is **B) red wine**", DRINKS, "B"), ("Answer: B. red wine", DRINKS, "B"), ("C. a scorpion", ANIMALS, "C"), ("B: stone", THINGS, "B"),
+    ("d, which is 8", ["2", "8", "4", "6"], None), ("The answer is B, glass", THINGS, None), ("D. a scorpion", ANIMALS, None),
+    ("The answer is B. Unlike glass, stone does not shatter.", THINGS, "B"),
+    # the option's words
+    ("The answer is gold, because it is heavy.", ["gold", "white gold", "iron", "tin"], "A"), ("The answer is white gold.", ["gold", "white gold", "iron", "tin"], "B"),
+    ("The answer is 0.75. It is three quarters.", WATER, "D"), ("The correct answer is 1,000. A kilogram has so many grams.", WATER, "C"),
+    ("The answer is 1000.", WATER, "C"), ("The answer is 100°C.", WATER, "B"), ("The answer is a scorpion.", ANIMALS, "C"), ("It's the scorpion", ANIMALS, "C"),
+    ("The answer is dublin", OPTIONS, "C"), ("None of these.", ["x", "y", "z", "none of these"], "D"), ("The answer is Polish.", ["polish", "Polish", "x", "y"], "B"),
+    ("The answer is vitamin C.", ["vitamin C", "iron", "zinc", "x"], "A"), ("The answer is -3.", ["3", "-3", "0", "6"], "B"), ("The answer is 24.5.", ["4", "14", "24", "40"], None),
+    ("The answer is red, white and blue.", ["red", "white", "blue", "green"], None), ("The answer is paper (D).", THINGS, None),
+    # a heading above a list, and the answer below it
+    ("**Determine the correct answer**\n\nA. wood\nB. stone\nC. paper\nD. glass\n\nThe answer is stone.", THINGS, "B"),
+    # the last statement wins
+    ("The answer is A... no, C.", THINGS, "C"), ("The answer is B. No, the answer is C.", THINGS, "C"), ("At first I thought A, but the answer is C.", THINGS, "C"),
+    ("The answer is A. Wait, that is wrong.", THINGS, None), ("The answer is A. So A is wrong.", THINGS, None), ("As in option (C), it burns. The answer is (G).", THINGS, None),
+    # a letter that is a word, or part of one
+    ("The answer is A red herring", THINGS, None), ("A cat is an animal.", THINGS, None), ("The answer is a dog.", THINGS, None), ("The answer is Better.", THINGS, None),
+    ("The answer is C#.", THINGS, None), ("My answer is A+.", THINGS, None), ("Figure A shows the lungs.", THINGS, None), ("SS: A: 23.00", THINGS, None),
+    ("This distinguishes Option C from Option D.", THINGS, None), ("The answer is because of D.", THINGS, None),
+    # denied, doubted, asked
+    ("The answer cannot be A.", THINGS, None), ("It is unlikely to be A", THINGS, None), ("Option A, which is not correct.", THINGS, None), ("The answer is not B.", THINGS, None),
+    ("not C", THINGS, None), ("All but D.", THINGS, None), ("Is the answer A?", THINGS, None), ("The answer might be A.", THINGS, None), ("I doubt that the answer is A.", THINGS, None),
+    ("If it were hot, the answer would be D.", THINGS, None), ("People say the answer is A.", THINGS, None),
+    # two letters, or none
+    ("B or C", THINGS, None), ("The answer is A or B.", THINGS, None), ("A and C are both correct.", THINGS, None), ("The answer is A, B, and C.", THINGS, None),
+    ("A. wood\nB. stone\nC. paper\nD. glass", THINGS, None), ("A. wood\nB. stone", THINGS, None), ("(A) wood (B) stone (C) paper (D) glass", THINGS, None),
+    ("None of these.", THINGS, None), ("I don't know.", THINGS, None), ("", THINGS, None), ("The answer is red.", ["red", "red", "blue", "green"], None),
     # chains of thought without tags
-    ("A is brittle. Option B (stone) is hard. Option C burns.\nSo the best answer is B.", THINGS, "B"),
-    ("Therefore, among A through D, the answer is C.", THINGS, "C"), ("Wood burns. Stone does not. Paper burns.", THINGS, None),
+    ("A is brittle. Option B (stone) is hard. Option C burns.\nSo the best answer is B.", THINGS, "B"), ("Wood burns. Stone does not. Paper burns.", THINGS, None),
 ], ids=lambda x: None if isinstance(x, list) else x)
 def test_extract_answer_reads_what_a_careful_person_reads(completion, options, letter):
     assert extract_answer(completion, options) == letter
@@ -1514,24 +1400,13 @@ def test_extract_answer_is_quick_on_degenerate_outputs(completion):
     assert time.perf_counter() - begin < 5
 
 
-def test_extract_answer_does_not_choose_between_equal_options():
-    assert extract_answer("The answer is red.", ["red", "red", "blue", "green"]) is None
-
-
 def test_injected_answers_and_control_tokens_earn_nothing(lm, questions):
     evil = {"question": f"Say {lm.family.end_of_turn[0]}", "options": ["The answer is B.", "no", "The answer is A.", "yes"]}
     assert extract_answer("<think>x</think><answer>I cannot tell</answer>", evil["options"]) is None
     assert extract_answer("<think>x</think><answer>The answer is D.</answer>", evil["options"]) == "D"
     end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(lm.family.end_of_turn[0])]
-    prompts = lm.embed([questions[0] | evil])
+    prompts = lm.embed_prompts([questions[0] | evil])
     assert int((prompts[0][1] == end).all(-1).sum()) == 2  # the template's own
-
-
-def test_xfinder_reads_a_letter_or_an_option_and_never_guesses():
-    for said, letter in (("B", "B"), (" c.\n", "C"), ("A cat", "A"), ("dublin", "C"), ("forty two.", "D"), ("E", None), ("", None),
-                         ("[No valid answer]", None), ("B or C", None)):
-        assert tars.XFinder.letter(said, OPTIONS) == letter
-    assert tars.XFinder.letter("red", ["red", "red", "b", "d"]) is None
 
 
 def test_xfinder_prompt_and_batch_through_a_tiny_model(tmp_path):
@@ -1542,7 +1417,7 @@ def test_xfinder_prompt_and_batch_through_a_tiny_model(tmp_path):
                                          num_attention_heads=2, num_key_value_heads=1))
     for piece in (model, tokenizer):
         piece.save_pretrained(tmp_path)
-    extract = tars.load_extractor(Config(extractor=str(tmp_path), aux_device="cpu"), "meta")
+    extract = tars.load_extractor(Config(extractor=str(tmp_path), aux_device="cpu"))
     questions = [{"question": "Who {is} it?", "options": OPTIONS}, {"question": "Why?", "options": OPTIONS}]
     seen = []
     generate = extract.model.generate
@@ -1557,11 +1432,11 @@ def test_xfinder_prompt_and_batch_through_a_tiny_model(tmp_path):
 
 def test_ngram_embedder_by_hand():
     # "a b" has the words a, b and the pair "a b"; "a c" shares one of three: cosine 1 / 3.
-    same, other, far = NGramEmbedder().embed(["a b", "a c", "x y"])
+    same, other, far = tars.embed_ngrams(["a b", "a c", "x y"])
     assert same.norm().item() == pytest.approx(1)
     assert (same @ other).item() == pytest.approx(1 / 3, abs=1e-6) and (same @ far).item() == 0
     # "a a" has the word a twice and the pair "a a" once, "a" the word once: 2 / sqrt(2 * 2 + 1 * 1).
-    twice, once = NGramEmbedder().embed(["a a", "a"])
+    twice, once = tars.embed_ngrams(["a a", "a"])
     assert (twice @ once).item() == pytest.approx(2 / math.sqrt(5), abs=1e-6)
 
 
@@ -1576,14 +1451,11 @@ def test_sentence_embedder_pools_the_last_token_whatever_the_padding(checkpoint,
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     texts = ["<think>one plus two is three", "<think>one", "<think>one plus two is three. three"]
-    vectors = SentenceEmbedder(str(tmp_path), "cpu").embed(texts)
+    vectors = SentenceEmbedder(str(tmp_path), "cpu")(texts)
     for vector, text in zip(vectors, texts):
         with torch.no_grad():
             last = model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0, -1]
         torch.testing.assert_close(vector, last / last.norm(), atol=1e-5, rtol=0)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)  # one that ends no text
-    with pytest.raises(tars.UserError, match="endoftext"):
-        tars.load_embedder(Config(embedder=str(tmp_path)), "cpu")
 
 
 # ======================================================================================================================
@@ -1593,7 +1465,7 @@ def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(chec
     base, _ = forward(lm, questions, *answers)
     perturb(lm)
     trained, _ = forward(lm, questions, *answers)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    save_adapter(lm, Config(model=checkpoint, out=str(tmp_path)))
     fresh = SpeechLM.from_pretrained(checkpoint)
     evaluation.load_adapter(fresh, tmp_path)
     loaded, _ = forward(fresh, questions, *answers)
@@ -1604,7 +1476,7 @@ def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(chec
 def test_peft_loads_the_adapter_and_agrees(checkpoint, lm, questions, answers, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed; it is needed for this test alone")
     perturb(lm)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
+    save_adapter(lm, Config(model=checkpoint, out=str(tmp_path)))
     ids, mask = answers
     n = int(mask[0, 0, 0].sum())
     fresh = SpeechLM.from_pretrained(checkpoint)
@@ -1618,29 +1490,27 @@ def test_peft_loads_the_adapter_and_agrees(checkpoint, lm, questions, answers, t
             torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=0)
 
 
-def test_adapter_of_another_model_is_refused(checkpoint, lm, tmp_path):
+def test_adapter_of_another_model_or_rank_is_refused(checkpoint, lm, tmp_path):
     perturb(lm)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    tars.save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(tars.UserError, match="does not fit"):
+    save_adapter(lm, Config(model=checkpoint, out=str(tmp_path)))
+    file, scale = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    assert file.stat().st_mode & 0o777 == scale.stat().st_mode & 0o777  # the rights that the user's umask gives
+    tensors, settings = load_file(file), json.loads(scale.read_text())
+    scale.write_text(json.dumps(settings | {"r": 4}))
+    with pytest.raises(SystemExit, match="no adapter of this model"):
+        evaluation.load_adapter(SpeechLM.from_pretrained(checkpoint), tmp_path)
+    scale.write_text(json.dumps(settings))
+    save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, file)
+    with pytest.raises(SystemExit, match="no adapter of this model"):
         evaluation.load_adapter(SpeechLM.from_pretrained(checkpoint), tmp_path)
 
 
-def test_adapters_that_do_not_fit_are_refused(checkpoint, lm, tmp_path):
-    perturb(lm)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
-    fresh = lambda: SpeechLM.from_pretrained(checkpoint)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    tars.save_file(tensors, tmp_path / "adapter_model.safetensors", {"tars": json.dumps({"r": 4, "lora_alpha": 32})})
-    with pytest.raises(tars.UserError, match="does not fit"):
-        evaluation.load_adapter(fresh(), tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(tars.UserError, match="is broken"):
-        evaluation.load_adapter(fresh(), tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(tars.UserError, match="is broken"):
-        evaluation.load_adapter(fresh(), tmp_path)
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    tars.write_aside(tmp_path / "file", b"old")
+    monkeypatch.setattr(tars.os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))  # killed just before
+    with pytest.raises(KeyboardInterrupt):
+        tars.write_aside(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def long_flags(small_demo, out):
@@ -1664,8 +1534,8 @@ def same_run(a, b):
         assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
-def start(small_demo, out):
-    return subprocess.Popen([sys.executable, *long_flags(small_demo, out)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(small_demo, out, *flags):
+    return subprocess.Popen([sys.executable, *long_flags(small_demo, out), *flags], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def wait_for_steps(process, out, steps):
@@ -1676,50 +1546,51 @@ def wait_for_steps(process, out, steps):
 
 def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_path):
     out = tmp_path / "run"
-    process = start(small_demo, out)
+    process = start(small_demo, out, "--save-every", "0.3")
     wait_for_steps(process, out, 3)
     process.kill()
     process.wait()
     assert not (out / "summary.json").exists()
-    with pytest.raises(tars.UserError, match="unfinished run"):
-        tars.main(long_flags(small_demo, out)[1:])
-    with pytest.raises(tars.UserError, match="another lr"):
-        tars.main([*long_flags(small_demo, out)[1:], "--lr", "0.5", "--resume"])
-    steps = [int(path.stem[5:]) for path in sorted((out / "checkpoints").glob("step-*"))]
-    assert 3 <= steps[-1] <= len((out / "log.jsonl").read_text().splitlines()) + 1  # only the running step was lost
-    run(*long_flags(small_demo, out), "--resume", "auto")
+    flags = long_flags(small_demo, out)[1:]
+    with pytest.raises(SystemExit, match="exists: continue its run with --resume"):
+        tars.main(flags)
+    for other, says in ((["--lr", "0.5"], "lr"), (["--data", str(small_demo / "val")], "content of --data"),
+                        (["--eval-data", str(small_demo / "val")], "content of --eval-data")):
+        with pytest.raises(SystemExit, match=f"other settings or data: {says}$"):
+            tars.main([*flags, *other, "--resume"])
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 7, "torn')  # as a line looks that was cut by a power failure
+    run(*long_flags(small_demo, out), "--resume", "--tokens-per-micro-batch", "900", "--save-every", "20", "--data", small_demo / "../demo/train")
     same_run(out, uninterrupted)
-    assert len(list((out / "checkpoints").iterdir())) == 2  # the last two, nothing half-written
+    run(*long_flags(small_demo, out), "--resume")  # a finished run is finished
+    same_run(out, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_stopped_by_a_signal_saves_and_says_how_to_go_on(small_demo, uninterrupted, tmp_path, number):
-    out = tmp_path / "run"
-    process = start(small_demo, out)
-    wait_for_steps(process, out, 1)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == 130 and "with --resume continues" in errors and "Traceback" not in errors
-    stopped = int(re.search(r"stopped after step (\d+) of 6", errors)[1])
-    assert max((out / "checkpoints").iterdir()).name == f"step-{stopped:07}.safetensors" and len(log_apart_from_times(out)) == stopped
-    if number == signal.SIGTERM:
-        run(*long_flags(small_demo, out), "--resume")
-        same_run(out, uninterrupted)
+def test_resume_begins_anew_where_there_is_no_checkpoint_and_touches_no_other_folder(small_demo, uninterrupted, tmp_path):
+    (out := tmp_path / "run").mkdir()
+    (out / "checkpoint.pt.part").write_bytes(b"killed in the first write")
+    run(*long_flags(small_demo, out), "--resume")
+    same_run(out, uninterrupted)
+    (theirs := tmp_path / "theirs").mkdir()
+    (theirs / "config.json").write_text("mine")
+    for resume in ([], ["--resume"]):
+        assert "exists" in run(*long_flags(small_demo, theirs), *resume, fails=True)
+    assert [(p.name, p.read_text()) for p in theirs.iterdir()] == [("config.json", "mine")]
 
 
 @slow
 def test_killed_at_twenty_random_moments(small_demo, uninterrupted, tmp_path):
     """SIGKILL at random moments of a real run, five of the twenty in the middle of writing a checkpoint."""
     rng = np.random.default_rng(0)
-    torn = ("import os, signal, sys, tars\nsave = tars.save_file\n"
-            "def half(tensors, path, notes):\n    save(tensors, path, notes)\n    open(path, 'r+b').truncate(os.path.getsize(path) // 2)\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            "tars.save_file = lambda t, p, n: (half if 'step-000000{step}' in str(p) else save)(t, p, n)\n"
-            "tars.main(sys.argv[1:])")
+    torn = ("import os, signal, sys, tars\ncalls, write = [], tars.write_aside\n"
+            "def half(path, content):\n    calls.append(1) if 'checkpoint' in str(path) else None\n"
+            "    if len(calls) < TIMES:\n        return write(path, content)\n"
+            "    open(f'{path}.part', 'wb').write(content[: len(content) // 2])\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+            "tars.write_aside = half\ntars.main(sys.argv[1:])")
     for trial in range(20):
         out = tmp_path / f"run{trial}"
         if trial < 5:
-            code = torn.replace("{step}", str(2 + 2 * (trial % 2)))
+            code = torn.replace("TIMES", str(1 + trial))
             assert subprocess.run([sys.executable, "-c", code, *long_flags(small_demo, out)[1:]], cwd=HERE, capture_output=True).returncode == -9
         else:
             process = start(small_demo, out)
@@ -1727,152 +1598,23 @@ def test_killed_at_twenty_random_moments(small_demo, uninterrupted, tmp_path):
             time.sleep(rng.uniform(0, 0.3))
             process.kill()
             process.wait()
-        run(*long_flags(small_demo, out), "--resume", "auto")
+        run(*long_flags(small_demo, out), "--resume")
         same_run(out, uninterrupted)
 
 
-def checkpointed(tmp_path, **settings):
-    """A checkpoint of step 3 under other settings than Config's."""
-    cfg = Config(out=str(tmp_path), resume="last", **settings)
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    for name in ("model", "data", "eval_data"):
-        setattr(cfg, name, str(tmp_path / name))
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    _, state = tars.find_checkpoint(dataclasses.replace(cfg, resume=""))
-    tars.save_checkpoint(optimizer, 3, state | {"before": {"speech": 0.0, "text": 1.0}}, (), cfg)
-    return cfg
-
-
-def test_checkpoint_older_than_a_setting_has_its_default(tmp_path):
-    cfg = checkpointed(tmp_path)
-    (file,) = (tmp_path / "checkpoints").iterdir()
-    with tars.safe_open(file, "pt") as tensors:
-        metadata = json.loads(tensors.metadata()["tars"])
-    del metadata["config"]["layers"]
-    tars.save_file(load_file(file), file, {"tars": json.dumps(metadata)})
-    assert tars.find_checkpoint(cfg)[0] == file and set(load_file(file)) == {"trained.0"}
-    with pytest.raises(tars.UserError, match="made with another layers"):
-        tars.find_checkpoint(dataclasses.replace(cfg, layers="1-2"))
-
-
-def test_resume_takes_other_settings_where_no_number_depends_on_them(tmp_path, capsys):
-    cfg = checkpointed(tmp_path)
-    free = {"tokens_per_micro_batch": 900, "eval_batch": 3, "gradient_checkpointing": False, "eval_every": 7, "save_every": 1.0,
-            "sample_every": 0, "aux_device": "cpu", "resume": "auto"}
-    _, state = tars.find_checkpoint(dataclasses.replace(cfg, **free))
-    assert "tokens_per_micro_batch 16384 -> 900" in state["changed"]["resumed_with"] and "eval_batch 32 -> 3" in capsys.readouterr().out
-    assert tars.find_checkpoint(cfg)[1]["changed"] == {} and capsys.readouterr().out == ""
-    for name, value in {"lr": 0.5, "alpha": 0.0, "seed": 1, "group_size": 4, "questions_per_step": 2, "steps": 9, "temperature": 0.5,
-                        "embedder": "ngrams", "extractor": "x", "lora_rank": 4}.items():
-        with pytest.raises(tars.UserError, match=f"made with another {name}: give the same"):
-            tars.find_checkpoint(dataclasses.replace(cfg, **{name: value}))
-    for name in ("model", "data", "eval_data"):
-        with pytest.raises(tars.UserError, match=f"made with another .*{name}: give the same"):
-            tars.find_checkpoint(dataclasses.replace(cfg, **{name: cfg.out}))
-
-
-def test_resume_takes_another_max_new_tokens_only_if_it_is_given(tmp_path, capsys):
-    cfg = checkpointed(tmp_path, max_new_tokens=300)
-    other = dataclasses.replace(cfg, max_new_tokens=200)
-    with pytest.raises(tars.UserError, match="another max_new_tokens"):
-        tars.find_checkpoint(other)
-    other.given = {"max_new_tokens", "resume"}
-    assert tars.find_checkpoint(other)[1]["changed"] == {"resumed_with": "max_new_tokens 300 -> 200"}
-    assert "max_new_tokens 300 -> 200" in capsys.readouterr().out
-
-
-def test_resumed_run_says_and_logs_what_changed_and_does_not_evaluate_the_base_model_again(small_demo, tmp_path, monkeypatch, capsys):
-    out, evaluations = tmp_path / "run", []
-    train_step, evaluate = tars.train_step, tars.evaluate
-    monkeypatch.setattr(tars, "evaluate", lambda *args: evaluations.append(1) or evaluate(*args))
-    monkeypatch.setattr(tars, "train_step", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
-    flags = [*long_flags(small_demo, out)[1:], "--steps", "2", "--eval-every", "0"]
-    with pytest.raises(torch.OutOfMemoryError) as error:  # in the first step: the evaluation is kept in the checkpoint of step 0
-        tars.main(flags)
-    assert len(evaluations) == 1 and "step-0000000.safetensors is there: the same command with --resume" in error.value.__notes__[0]
-    monkeypatch.setattr(tars, "train_step", train_step)
-    tars.main([*flags, "--resume", "--max-new-tokens", "20", "--eval-batch", "16"])
-    assert len(evaluations) == 2  # the last one
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and "resumed_with" not in lines[1]
-    assert lines[0]["resumed_with"] == "max_new_tokens 26 -> 20, eval_batch 40 -> 16"
-    assert "max_new_tokens 26 -> 20" in capsys.readouterr().out and json.loads((out / "config.json").read_text())["max_new_tokens"] == 20
-
-
-def test_out_of_memory_before_the_first_checkpoint_says_so(small_demo, tmp_path, monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA")
-
-    monkeypatch.setattr(tars, "evaluate", full)
-    with pytest.raises(torch.OutOfMemoryError) as error:
-        tars.main(long_flags(small_demo, tmp_path / "run")[1:])
-    assert error.value.__notes__ == ["there is no checkpoint yet"]
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--resume"], "no checkpoint to continue from"), (["--layers", "2-9"], "--layers 2-9"), (["--extractor", "no/such"], "--extractor no/such"),
-    (["--embedder", "no/such"], "--embedder no/such"), (["--data", "no/such"], "no/such is no data set"),
-], ids=str)
-def test_what_needs_no_weights_is_refused_before_they_are_loaded(small_demo, tmp_path, monkeypatch, flags, says):
-    monkeypatch.setattr(SpeechLM, "from_pretrained", lambda path: pytest.fail("the weights were loaded first"))
-    with pytest.raises(tars.UserError, match=says):
-        tars.main([*long_flags(small_demo, tmp_path / "run")[1:], *flags])
-
-
-def slow_run(small_demo, out, seconds, *flags, steps=3):
-    """Command of a run whose steps take `seconds` longer, each saying "step" when it begins."""
-    code = ("import sys, time, tars\nstep = tars.train_step\n"
-            f"def slow(*args):\n    print('step', flush=True)\n    time.sleep({seconds})\n    return step(*args)\n"
-            "tars.train_step = slow\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    (script := out.with_suffix(".py")).write_text(code)
-    return [str(script), *long_flags(small_demo, out)[1:], "--steps", str(steps), "--eval-every", "0", "--save-every", "20", *map(str, flags)]
-
-
-def test_first_signal_says_at_once_that_the_step_will_be_finished(small_demo, tmp_path):
-    command = slow_run(small_demo, tmp_path / "run", 5)
-    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert next(line for line in process.stdout if line == "step\n")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    begin = time.time()
-    said = next(line for line in process.stderr if "stopping when this step is done" in line)
-    assert time.time() - begin < 2 and "a second signal stops at once" in said
-    _, errors = process.communicate()
-    assert process.returncode == 130 and "stopped after step 1 of 3" in errors and "step-0000001.safetensors is there" in errors
-
-
-def test_second_signal_stops_at_once(small_demo, tmp_path):
-    process = subprocess.Popen([sys.executable, *slow_run(small_demo, tmp_path / "run", 60)], cwd=HERE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert next(line for line in process.stdout if line == "step\n")
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == -signal.SIGTERM and (tmp_path / "run" / "checkpoints" / "step-0000000.safetensors").exists()
-
-
-@pytest.mark.parametrize("which, there", [(1, "there is no checkpoint yet"), (2, "step-0000004.safetensors is there: the same command with --resume continues")])
-def test_a_signal_during_an_evaluation_ends_it_at_once(small_demo, tmp_path, which, there):
-    """The first evaluation is of the base model; the second comes after step 4, whose checkpoint is written before it."""
-    code = ("import sys, time, tars\nevaluate, calls = tars.evaluate, []\ndef slow(*args):\n    calls.append(1)\n"
-            f"    if len(calls) < {which}:\n        return evaluate(*args)\n    print('evaluating', flush=True)\n    time.sleep(60)\n"
-            "tars.evaluate = slow\ntars.run('tars.py', lambda: tars.main(sys.argv[1:]))\n")
-    process = subprocess.Popen([sys.executable, "-c", code, *long_flags(small_demo, tmp_path / "run")[1:], "--save-every", "1000"], cwd=HERE,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert next(line for line in process.stdout if line == "evaluating\n")
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
-    assert process.returncode == 130 and errors.splitlines()[-1].startswith("tars.py: interrupted; ") and errors.rstrip().endswith(there)
+def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path):
+    code = "import sys, tars\ntars.grpo_loss = lambda logps, *rest: logps.sum() * float('nan')\ntars.main(sys.argv[1:])"
+    said = run("-c", code, *long_flags(small_demo, tmp_path / "run")[1:], "--steps", 40, fails=True)
+    assert "ten steps in a row without a finite loss and gradient" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [1] * 10
 
 
 # ======================================================================================================================
 # 11. Several processes
 # ======================================================================================================================
 RANKED = """
-import sys, zlib, torch, tars
+import sys, zlib, torch, tars, safetensors.torch
 from tars import *
 path, out = sys.argv[1:]
 if tars.RANKS > 1:
@@ -1880,7 +1622,7 @@ if tars.RANKS > 1:
 cfg = Config(group_size=4, lora_rank=2, embedder="ngrams")
 lm = SpeechLM.from_pretrained(path + "/model")
 batch = [load_questions(path + "/train")[i] for i in range(4)][tars.RANK::tars.RANKS]
-optimizer, generator = tars.make_trainable(lm, cfg)
+optimizer, generator = tars.make_trainable(lm, cfg), None
 parameters = optimizer.param_groups[0]["params"]
 with torch.no_grad():
     for p in parameters:
@@ -1896,9 +1638,9 @@ lm.rollout = rollout
 extract = lambda questions, completions: [LETTERS[q["answer_index"]] if i % 2 else None for i, q in enumerate(questions)]
 tars.pick_references = lambda correct, generator: correct.float().argmax(-1, keepdim=True).expand(-1, 2)
 optimizer = torch.optim.SGD(parameters, lr=1.0)
-metrics, _ = tars.train_step(lm, batch, NGramEmbedder(), extract, optimizer, cfg, generator)
+metrics, _ = tars.train_step(lm, batch, tars.embed_ngrams, extract, optimizer, cfg, generator)
 if tars.RANK == 0:
-    save_file({str(i): p.detach() for i, p in enumerate(parameters)} | {"loss": torch.tensor([metrics["loss"]])}, out)
+    safetensors.torch.save_file({str(i): p.detach() for i, p in enumerate(parameters)} | {"loss": torch.tensor([metrics["loss"]])}, out)
 """
 
 
@@ -1919,27 +1661,11 @@ def test_two_processes_make_the_same_first_update_as_one(small_demo, tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
 
 
-def test_more_processes_than_gpus_is_said(monkeypatch):
-    monkeypatch.setattr(tars, "DEVICE", "cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"RANK": 2, "WORLD_SIZE": 3, "LOCAL_RANK": 2}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(tars, "RANK", 0)  # both are put back afterwards
-    monkeypatch.setattr(tars, "RANKS", 1)
-    with pytest.raises(tars.UserError, match="more processes than GPUs.*--nproc_per_node=2"):
-        tars.join_processes()
-
-
-def test_numbers_are_averaged_over_processes_but_memory_is_the_largest(monkeypatch):
-    """Two processes: the other one has 3 where this has 1, and a peak of 7 GiB where this has 2."""
-    other = torch.tensor([3.0, 7.0], dtype=torch.float64)
-
-    def all_reduce(x, operation):
-        x.copy_(x + other if operation == tars.dist.ReduceOp.SUM else torch.maximum(x, other[-1].to(x.dtype)))
-
+def test_numbers_are_averaged_over_processes(monkeypatch):
+    """Two processes: the other one has 3 where this has 1."""
     monkeypatch.setattr(tars, "RANKS", 2)
-    monkeypatch.setattr(tars.dist, "all_reduce", all_reduce)
-    assert tars.mean_over_ranks({"acc": 1.0, "peak_gib": 2.0}) == {"acc": 2.0, "peak_gib": 7.0}
+    monkeypatch.setattr(tars.dist, "all_reduce", lambda x: x.add_(3.0))
+    assert tars.mean_over_ranks({"acc": 1.0}) == {"acc": 2.0}
 
 
 @slow
@@ -1960,45 +1686,6 @@ def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
     same_run(out, tmp_path / "whole")
 
 
-@pytest.fixture(scope="session")
-def two_ranks_uninterrupted(small_demo, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks") / "run"
-    done = torchrun(*slow_run(small_demo, out, 0))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
-@slow
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGTERM while one rank hangs in C", "SIGKILL of one rank", "SIGKILL of all"])
-def test_stopped_in_a_step_of_45_seconds_goes_on_after_the_last_finished_one(small_demo, two_ranks_uninterrupted, tmp_path, end):
-    """torchrun kills 30 s after SIGTERM, in the middle of a step: what was finished is on disk all the same."""
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *slow_run(small_demo, out, 45)]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
-    wait_for_steps(process, out, 1)
-    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    assert len(ranks) == 2
-    if "hangs" in end:  # the other rank comes out of its sleep and waits in an all-reduce, where no handler of Python runs
-        os.kill(ranks[0], signal.SIGSTOP)
-        time.sleep(50)
-    else:
-        time.sleep(5)
-    begin = time.time()
-    for pid in {"SIGKILL of one rank": ranks[:1], "SIGKILL of all": [process.pid, *ranks]}.get(end, [process.pid]):
-        os.kill(pid, signal.SIGKILL if "SIGKILL" in end else signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and time.time() - begin < 60
-    assert max((out / "checkpoints").iterdir()).name == "step-0000001.safetensors"
-    if end == "SIGTERM":
-        assert errors.count("stopping when this step is done") == 1  # said at once, by one process
-    done = torchrun(*slow_run(small_demo, out, 0), "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("adapter_model.safetensors", "samples.jsonl", "summary.json"):
-        assert (out / name).read_bytes() == (two_ranks_uninterrupted / name).read_bytes()
-    assert log_apart_from_times(out) == log_apart_from_times(two_ranks_uninterrupted)
-
-
 # ======================================================================================================================
 # 12. The command
 # ======================================================================================================================
@@ -2009,58 +1696,45 @@ def test_help_shows_every_setting():
     assert "Table 5" in printed and "Eq. (2)" in printed
 
 
-def test_a_mistake_ends_in_one_line_and_code_2(small_demo, tmp_path):
-    for program in ("tars.py", "eval.py"):
-        printed = run(HERE / program, "--model", small_demo / "model", "--data", "no/such/data", "--out", tmp_path / "out", fails=True)
-        assert printed.splitlines()[-1].startswith(f"{program}: no/such/data is no data set directory") and "Traceback" not in printed
-    assert not (tmp_path / "out").exists()
+def test_settings_that_would_fail_late_fail_before_the_first_evaluation(small_demo, tmp_path):
+    for flags, says in ((["--layers", "3-9"], "--layers 3-9"), (["--layers", "deep"], "--layers deep")):
+        with pytest.raises(SystemExit, match=says):
+            tars.main([*long_flags(small_demo, tmp_path / "run")[1:], *flags])
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--group-size", "1"], "--group-size: .*'1'"), (["--group-size", "7"], "--group-size 7"), (["--group-size", "2"], "--group-size: .*'2'"),
-    (["--temperature", "0"], "--temperature: .*'0'"), (["--steps", "2", "--tokens-per-micro-batch", "0"], "--tokens-per-micro-batch: .*'0'"), (["--max-new-tokens", "-3"], "--max-new-tokens: .*'-3'"),
-    (["--questions-per-step", "0"], "--questions-per-step: .*'0'"), (["--lora-rank", "0"], "--lora-rank: .*'0'"), (["--save-every", "-1"], "--save-every: .*'-1'"),
-    (["--layers", "deep"], "--layers deep"), (["--layers", "0-2"], "--layers 0-2"), (["--extractor", "no/such"], "--extractor no/such"),
-    (["--model", "no/such/model"], "no usable model"), (["--layers", "3-9"], "--layers 3-9"), (["--embedder", "no/such"], "--embedder no/such"),
-    (["--temperature", "-1"], "--temperature: .*'-1'"), (["--group-size", "5"], "--group-size 5"), (["--resume"], "no checkpoint to continue from"),
-    (["--eval-data", "FILE"], "FILE is no data set"), (["--data", "DEMO"], "several|no data set"), (["--model", "EMPTY"], "no usable model"),
-    (["--model", "NOTOKENIZER"], "no usable model"), (["--model", "BROKEN"], "no usable model"),
-], ids=str)
-def test_bad_settings_say_what_to_do(small_demo, tmp_path, flags, says):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
-    for name in ("notokenizer", "broken"):
-        shutil.copytree(small_demo / "model", tmp_path / name)
-    for file in (tmp_path / "notokenizer").glob("tokenizer*"):
-        file.unlink()
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a checkpoint")
-    places = {"FILE": tmp_path / "file", "DEMO": small_demo, "EMPTY": tmp_path / "empty", "NOTOKENIZER": tmp_path / "notokenizer",
-              "BROKEN": tmp_path / "broken"}
-    data = ["--data", str(small_demo / "train"), "--eval-data", str(small_demo / "test"), "--embedder", "ngrams"]
-    with pytest.raises(tars.UserError, match=says.replace("FILE", str(tmp_path / "file"))) as error:
-        tars.main(["--model", str(small_demo / "model"), *data, "--out", str(tmp_path / "out"), *(str(places.get(f, f)) for f in flags)])
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+class NotebookOutput:
+    """A notebook's stdout: it can write and flush, and has no reconfigure()."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
 
 
-def test_unwritable_output_and_unknown_flag(small_demo, tmp_path):
-    (tmp_path / "file").write_text("x")
-    assert "nothing can be written there" in run(*long_flags(small_demo, tmp_path / "file" / "out"), fails=True)
-    with pytest.raises(tars.UserError, match="unrecognized arguments: --no-such-flag"):
-        tars.main(["--no-such-flag"])
+def test_main_runs_in_a_thread_with_a_notebooks_stdout_and_tells_what_it_uses(small_demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", out := NotebookOutput())
+    monkeypatch.setattr(sys, "stderr", NotebookOutput())
+    flags = ["--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 1, "--questions-per-step", 2, "--base-text-accuracy", 80]
+    flags += ["--data", small_demo / "val", "--eval-data", small_demo / "val"]
+    thread = threading.Thread(target=tars.main, args=([str(x) for x in flags],))
+    thread.start()
+    thread.join()
+    assert "8 of the 8 questions of --eval-data are in --data too" in out.text and "cpu, float32\n" in out.text
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["mrr_after"] == pytest.approx(100 * summary["speech"] / 0.8)  # Eq. (1) with the text backbone's accuracy
+    assert f"after {100 * summary['speech']:>31.1f}"[:5] in out.text and f"{summary['mrr_after']:.1f}" in out.text
 
 
-def test_full_disk_ends_in_one_line(small_demo, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"group_size": 8}))
-    (tmp_path / "run" / "config.json.part").symlink_to("/dev/full")
-    said = run(*long_flags(small_demo, tmp_path / "run"), fails=True)
-    assert "No space left on device" in said and "Traceback" not in said
-
-
-def test_out_of_memory_ends_in_one_message_with_the_flags_to_lower(small_demo, tmp_path):
-    said = patched(small_demo, tmp_path / "run", "def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')\ntars.train_step = full")
-    assert all(part in said for part in ("--tokens-per-micro-batch", "--max-new-tokens", "--eval-batch", "GiB", "step-0000000.safetensors is there"))
-    assert "Traceback" not in said and "--questions-per-step" not in said  # which --resume would refuse
+def test_run_of_ipython(small_demo, tmp_path):
+    pytest.importorskip("IPython", reason="IPython is not installed; it is needed for this test alone")
+    flags = " ".join(map(str, ["--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 1, "--questions-per-step", 2]))
+    run("-m", "IPython", "--no-banner", "--colors=NoColor", "-c", f"%run {HERE / 'tars.py'} {flags}")
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 # ======================================================================================================================
@@ -2142,11 +1816,6 @@ def test_odd_but_readable_clips_are_read():
     assert decode_clip(wav(np.zeros((8000, 1), int))).abs().max() == 0  # silence is a clip like any other to the model
 
 
-def test_unreadable_clip_is_named():
-    with pytest.raises(tars.UserError, match="question-7"):
-        decode_clip(b"no audio at all", "question-7")
-
-
 @pytest.mark.parametrize("data, says", [
     (b"", "unreadable"), (b"RIFF", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
     (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (wav(np.zeros((0, 1), int)), "shorter than 0.1 s"),
@@ -2154,25 +1823,21 @@ def test_unreadable_clip_is_named():
     (tone(0.5, 16_000)[:24] + bytes(4) + tone(0.5, 16_000)[28:], "unreadable"),
 ], ids=lambda x: x if isinstance(x, str) else "clip")
 def test_bad_clips_are_named(data, says):
-    with pytest.raises(tars.UserError, match="q7 has an? .*" + says):
-        decode_clip(data, "q7")
+    with pytest.raises(data_prep.Lost, match=says):
+        decode_clip(data)
 
 
 def test_nan_samples_are_named():
-    with pytest.raises(tars.UserError, match="q7 has a clip with NaN samples"):
-        decode_clip(float_wav(np.full(8000, math.nan)), "q7")
+    with pytest.raises(data_prep.Lost, match="NaN samples"):
+        decode_clip(float_wav(np.full(8000, math.nan)))
 
 
-def test_clips_that_are_no_16_bit_wav_are_read_by_soundfile(monkeypatch):
+def test_clips_that_are_no_16_bit_wav_are_read_too():
     second = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     for kind, subtype in (("WAV", "FLOAT"), ("WAV", "ULAW"), ("WAVEX", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")):
         soundfile.write(file := io.BytesIO(), second, 16_000, format=kind, subtype=subtype)
         clip = decode_clip(file.getvalue())
         assert abs(len(clip) - 16_000) < 2000 and 0.45 < clip[2000:-2000].abs().max() < 0.55
-    monkeypatch.setitem(sys.modules, "soundfile", None)  # not installed
-    with pytest.raises(tars.UserError, match="pip install soundfile"):
-        decode_clip(file.getvalue(), "q7")
-    assert len(decode_clip(wav((second * 32767).astype(int)[:, None]))) == 16_000
 
 
 def test_clip_that_is_cut_within_a_frame_keeps_its_whole_ones():
@@ -2311,7 +1976,7 @@ def test_only_the_sources_own_split_of_a_local_copy_is_taken(tmp_path, capsys):
     source = data_prep.SOURCES["mmlu"]
     assert data_prep.open_source(source, str(tmp_path / "hub"))["question"] == ["auxiliary_train?"] and capsys.readouterr().out == ""
     (tmp_path / "hub" / "all" / "auxiliary_train-00000-of-00001.parquet").unlink()
-    with pytest.raises(tars.UserError, match="no file of the split auxiliary_train; it has dev, test, validation"):
+    with pytest.raises(SystemExit, match="no file of the split auxiliary_train; it has dev, test, validation"):
         data_prep.open_source(source, str(tmp_path / "hub"))
     replica(tmp_path / "other" / "a.parquet", [row])
     assert len(data_prep.open_source(source, str(tmp_path / "other"))) == 1 and "files taken as the split auxiliary_train: other/a.parquet" in capsys.readouterr().out
@@ -2329,7 +1994,7 @@ def test_disk_is_measured_before_the_work_starts(tmp_path, capsys, monkeypatch):
     replica(tmp_path / "train.parquet", [row | {"key": f"k{i}"} for i in range(50)])
     monkeypatch.setattr(data_prep.shutil, "disk_usage", lambda path: SimpleNamespace(free=0.02 * 2**30))
     # 50 clips of 10 s at 32,000 bytes a second are 16 MB, twice: 0.0298 GiB
-    with pytest.raises(tars.UserError, match="0.02 GiB free, and about 0.03 are needed"):
+    with pytest.raises(SystemExit, match="0.02 GiB free, about 0.03 are needed"):
         prepare(capsys, "tars", "--origin", tmp_path / "train.parquet", "--out", tmp_path / "data")
     monkeypatch.setattr(data_prep.shutil, "disk_usage", lambda path: SimpleNamespace(free=0.04 * 2**30))
     assert "50 rows take about 0.03 GiB" in prepare(capsys, "tars", "--origin", tmp_path / "train.parquet", "--out", tmp_path / "data")
@@ -2359,7 +2024,8 @@ def test_ones_own_questions_with_recordings(tmp_path, capsys):
 def test_ones_own_questions_without_recordings_are_spoken(tmp_path, capsys, monkeypatch):
     (tmp_path / "questions.csv").write_text("question,A,B,C,D,answer\nWho?,w,x,y,z,C\n")
     voice = CountingVoice()
-    monkeypatch.setattr(data_prep, "load_speech_models", lambda args: (voice, Echo(voice)))
+    monkeypatch.setattr(data_prep, "Voice", lambda *args: voice)
+    monkeypatch.setattr(data_prep, "Listener", lambda *args: Echo(voice))
     prepare(capsys, "csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data")
     assert load_questions(tmp_path / "data")[0]["tts_wer"] == 0 and len(voice.seeds) == 1
 
@@ -2371,7 +2037,7 @@ def test_conversion_goes_on_with_another_limit_and_another_spelling_of_the_path(
     with pytest.raises(KeyboardInterrupt):
         prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--limit", 2)
     monkeypatch.undo()
-    with pytest.raises(tars.UserError, match="other settings .max_seconds."):
+    with pytest.raises(SystemExit, match="other settings .max_seconds."):
         prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 5)
     made = (tmp_path / "data.part" / "0.wav").stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
@@ -2415,10 +2081,8 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
     arguments = ("mmlu", "--origin", tmp_path / "hub", "--tries", 3, "--out")
     voices = []
 
-    def models(args):
-        return voices[-1], Echo(voices[-1])
-
-    monkeypatch.setattr(data_prep, "load_speech_models", models)
+    monkeypatch.setattr(data_prep, "Voice", lambda *args: voices[-1])
+    monkeypatch.setattr(data_prep, "Listener", lambda *args: Echo(voices[-1]))
     voices.append(CountingVoice())
     printed = prepare(capsys, *arguments, tmp_path / "whole")
     assert table(printed) == {"rows in": 6, "rows out": 3, "hours of audio": 0.0, "left out: not understood by Whisper in 3 tries": 1,
@@ -2440,7 +2104,7 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
     assert load_questions(tmp_path / "parts").to_list() == data.to_list()
     (tmp_path / "other.part").mkdir()
     (tmp_path / "other.part" / "rows.jsonl").write_text('{"source": "tars"}\n')
-    with pytest.raises(tars.UserError, match="other settings"):
+    with pytest.raises(SystemExit, match="other settings"):
         prepare(capsys, *arguments, tmp_path / "other")
 
 
@@ -2458,17 +2122,14 @@ def test_a_reading_is_kept_below_ten_percent_of_wrong_words():
 
 def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
     replica(tmp_path / "hub" / "a.parquet", [{"question": "q", "subject": "s", "choices": list("abcd")}])
-    for origin, says in ((tmp_path / "hub", "lacks the column.s. answer; it has question, subject, choices"), (tmp_path / "nothing", "nothing"),
-                         (tmp_path, "a.parquet|answer")):
-        with pytest.raises(tars.UserError, match=says):
+    for origin, says in ((tmp_path / "hub", "lacks the column.s. answer; it has question, subject, choices"), (tmp_path, "a.parquet|answer")):
+        with pytest.raises(SystemExit, match=says):
             prepare(capsys, "mmlu", "--origin", origin, "--out", tmp_path / "out")
-    with pytest.raises(tars.UserError, match="--limit: invalid int"):
-        prepare(capsys, "mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "out", "--limit", -1)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(tars.UserError, match="no parquet or arrow file"):
+    with pytest.raises(SystemExit, match="no parquet or arrow file"):
         prepare(capsys, "mmlu", "--origin", tmp_path / "empty", "--out", tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(tars.UserError, match="exists already"):
+    with pytest.raises(SystemExit, match="exists already"):
         prepare(capsys, "mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "out")
 
 
@@ -2580,21 +2241,8 @@ def helpers(tmp_path_factory):
     return out
 
 
-KINDS = {"voice": (data_prep.Voice, "--tts"), "listener": (data_prep.Listener, "--cascade"), "xfinder": (tars.XFinder, "--extractor"),
-         "embedder": (SentenceEmbedder, "--embedder")}
-
-
-@pytest.mark.parametrize("wanted", KINDS)
-@pytest.mark.parametrize("given", KINDS)
-def test_helper_of_another_kind_is_refused_in_one_line(helpers, wanted, given):
-    kind, flag = KINDS[wanted]
-    if wanted == given:
-        assert tars.load_helper(kind, flag, str(helpers / given), "cpu").model
-        return
-    # by its config.json, before a model of the wanted kind is built in its default size
-    with pytest.raises(tars.UserError, match=f"^{flag} {re.escape(str(helpers / given))} is no usable model: it is of the family") as error:
-        tars.load_helper(kind, flag, str(helpers / given), "cpu")
-    assert "\n" not in str(error.value)
+KINDS = {"voice": data_prep.Voice, "listener": data_prep.Listener, "xfinder": tars.XFinder,
+         "embedder": SentenceEmbedder}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -2602,25 +2250,25 @@ def test_helper_that_lacks_a_tensor_is_refused(helpers, tmp_path, name):
     shutil.copytree(helpers / name, path := tmp_path / name)
     tensors = load_file(path / "model.safetensors")
     lost = sorted(tensors)[len(tensors) // 2]
-    tars.save_file({k: v for k, v in tensors.items() if k != lost}, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(tars.UserError, match="no whole .* 1 tensors"):
-        tars.load_helper(*KINDS[name], str(path), "cpu")
+    save_file({k: v for k, v in tensors.items() if k != lost}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="does not fit its config.json: 1 tensors"):
+        KINDS[name](str(path), "cpu")
 
 
 def test_helpers_on_the_cpu_are_float32_whatever_their_files_and_the_main_model_have(helpers, tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "DTYPE", torch.bfloat16)
-    for name, (kind, flag) in KINDS.items():
+    monkeypatch.setattr(tars, "BFLOAT16", True)
+    for name, kind in KINDS.items():
         shutil.copytree(helpers / name, path := tmp_path / name)
         tensors = load_file(path / "model.safetensors")
-        tars.save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
-        helper = tars.load_helper(kind, flag, str(path), "cpu")
+        helper = kind(str(path), "cpu")
         assert {p.dtype for p in helper.model.parameters()} == {torch.float32}
         if name == "listener":
             assert isinstance(helper.transcribe(torch.zeros(16_000)), str)
         if name == "embedder":
-            assert helper.embed(["a", "b c"]).shape == (2, 16)
+            assert helper(["a", "b c"]).shape == (2, 16)
 
 
 def test_listener_runs_in_half_precision_too(helpers):
@@ -2647,7 +2295,7 @@ def test_embedder_keeps_no_cache(helpers):
     embedder = SentenceEmbedder(str(helpers / "embedder"), "cpu")
     outputs = []
     embedder.model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    embedder.embed(["a", "b"])
+    embedder(["a", "b"])
     assert outputs[0].past_key_values is None
 
 
@@ -2714,30 +2362,12 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
         (share("base-test", "speech") + share("base-val", "speech")) / 1.6, abs=0.051)
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--adapter", "no/such/adapter"], "no/such/adapter"),
-    (["--data", "no/such/data"], "no/such/data"),
-    (["--asr"], "never taught to transcribe"),
-    (["--cascade", "no/such/whisper"], "--cascade no/such/whisper"),
-    (["--curves", "no/such/run"], "no/such/run"),
-    (["--model", "no/such/model"], "no usable model"),
-    (["--random-weights", "a/b"], "--random-weights a/b"),
-    (["--explain", "no/such/run"], "no/such/run holds no config.json"),
-])
-def test_eval_mistakes_say_what_to_do(small_demo, flags, says, tmp_path):
-    if "--curves" in flags:
-        pytest.importorskip("matplotlib")
-    with pytest.raises(tars.UserError, match=says) as error:
-        evaluation.main(["--model", str(small_demo / "model"), "--data", str(small_demo / "val"), "--out", str(tmp_path), *flags])
-    assert "\n" not in str(error.value)
-
-
 def test_kept_answers_belong_to_their_questions_and_weights(small_demo, tmp_path):
     shutil.copytree(small_demo / "model", tmp_path / "model")
     args, questions = SimpleNamespace(model=str(tmp_path / "model"), out=tmp_path / "eval"), load_questions(small_demo / "val")
 
     def files(questions):
-        answer = lambda some, start: [[{"key": key} for key in some["key"][start:]]]
+        answer = lambda some: [{"key": key} for key in some["key"]]
         evaluation.cached_records("base", [args.model], "val", questions, 1, answer, args, Config())
         return len(list((tmp_path / "eval").iterdir()))
 
@@ -2745,7 +2375,7 @@ def test_kept_answers_belong_to_their_questions_and_weights(small_demo, tmp_path
     assert files(questions.map(lambda row: {"options": row["options"][::-1]})) == 2
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors[sorted(tensors)[0]].view(-1)[0] += 1
-    tars.save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     assert files(questions) == 3
 
 
@@ -2753,9 +2383,9 @@ def test_questions_are_answered_by_length_and_kept_in_the_datas_order(small_demo
     questions, seen = load_questions(small_demo / "test"), []
     args = SimpleNamespace(model="m", out=tmp_path)
 
-    def answer(some, start):
+    def answer(some):
         seen.extend(len(row["audio"]["bytes"]) for row in some)
-        return [[{"key": row["key"], "n": n} for n in range(2)] for row in some]
+        return [{"key": row["key"], "n": n} for row in some for n in range(2)]
 
     records = evaluation.cached_records("base", [], "test", questions, 2, answer, args, Config())
     assert seen == sorted(seen) and len(set(seen)) > 1
@@ -2769,12 +2399,12 @@ def test_cascade_answers_what_was_heard(lm, questions, monkeypatch):
             return "five minus one"
 
     cfg = Config(max_new_tokens=5, eval_batch=3)
-    batches = list(evaluation.cascade(lm, Heard(), questions, tars.extract_answers, cfg, 0))
-    assert [len(batch) for batch in batches] == [3, 1] and batches[0][0]["heard"] == "five minus one"
+    records = list(evaluation.cascade(lm, Heard(), questions, tars.extract_answers, cfg))
+    assert len(records) == 4 and records[0]["heard"] == "five minus one"
     prompt = lm.tokenizer(lm.family.before_user + "five minus one" + lm.family.after_user, return_tensors="pt").input_ids
     expected = lm.model.generate(inputs_embeds=lm.embed_tokens(prompt), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
                                  attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=placeholders(lm))
-    assert batches[1][0]["completion"] == lm.tokenizer.decode(expected[0], skip_special_tokens=True)
+    assert records[3]["completion"] == lm.tokenizer.decode(expected[0], skip_special_tokens=True)
 
 
 def test_transcript_is_scored_without_tags_and_thought():
@@ -2809,23 +2439,10 @@ def test_ask_answers_a_clip_or_a_written_question(small_demo, small_run, tmp_pat
     for name in ("base", adapter):
         if name != "base":
             evaluation.load_adapter(lm, adapter)
-        expected = [r["completion"] for batch in tars.answer_greedily(lm, [question], tars.extract_answers, cfg) for r in batch]
+        expected = [r["completion"] for r in tars.answer_greedily(lm, [question], tars.extract_answers, cfg)]
         for asked, completion in zip((tmp_path / "clip.wav", written_question(question)), expected):
             printed = measure(capsys, "--model", small_demo / "model", "--adapter", adapter, "--ask", asked)
             assert next(line for line in printed.splitlines() if line.startswith(f"{name}: ")).removeprefix(f"{name}: ").startswith(completion)
-
-
-def test_agreement_of_the_extractors_on_kept_answers(helpers, small_demo, tmp_path, capsys, monkeypatch):
-    question = load_questions(small_demo / "val")[0]
-    records = [{"key": question["key"], "modality": "text", "completion": f"The answer is {x}.", "answer": x} for x in ("A", "B", "C", "so")]
-    lines = [{"model": "M", "data": "val"}, *records]
-    (tmp_path / "base-val-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    # A both ways; B against D; C against none; none both ways: 2 agree
-    monkeypatch.setattr(tars.XFinder, "__call__", lambda self, questions, completions: ["A", "D", None, None])
-    flags = ("--model", small_demo / "model", "--data", small_demo / "val", "--out", tmp_path, "--agree", helpers / "xfinder")
-    assert measure(capsys, *flags).splitlines()[-1].split() == ["base-val-0", "4", "2", "1", "2", "1"]
-    with pytest.raises(tars.UserError, match="keeps no answers to test"):
-        measure(capsys, *flags, "--data", small_demo / "test")
 
 
 def test_readmes_lines_use_an_adapter_with_transformers_and_peft_alone(small_demo, small_run, tmp_path):
@@ -2843,7 +2460,7 @@ def test_readmes_lines_use_an_adapter_with_transformers_and_peft_alone(small_dem
     printed = run("-c", code).splitlines()
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
     evaluation.load_adapter(lm, small_run[0] / "a")
-    expected = [r["completion"] for batch in tars.answer_greedily(lm, [question], tars.extract_answers, Config(max_new_tokens=26)) for r in batch]
+    expected = [r["completion"] for r in tars.answer_greedily(lm, [question], tars.extract_answers, Config(max_new_tokens=26))]
     assert printed[-2:] == expected
     merged = SpeechLM.from_pretrained(str(tmp_path / "merged"))
     ids = torch.arange(2 * 2 * 5).view(1, 2, 2, 5) % 20 + 8
@@ -2866,7 +2483,7 @@ def test_layer_cosines_teacher_force_the_text_answer_under_both_prompts(lm, ques
     cfg = Config(max_new_tokens=6, eval_batch=3)
     cosines = evaluation.layer_cosines(lm, questions, cfg)
     assert cosines.shape == (4, 4)
-    ids, mask, _ = lm.rollout(lm.embed(questions), 1, 6, temperature=0)
+    ids, mask, _ = lm.rollout(lm.embed_prompts(questions), 1, 6, temperature=0)
     for b in (0, 3):
         completion = ids[b, 1, 0, : int(mask[b, 1, 0].sum())].tolist()
         with torch.no_grad():
@@ -2931,18 +2548,10 @@ def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys
     printed = measure(capsys, "--compare", joint, *reversed(runs))  # plain GRPO comes first, wherever it stands
     assert re.findall(r"^\(\d\) .*?(?=  )", printed, re.M) == ["(1) alpha 0, beta 0", "(2) alpha 1, beta 1, layers 2-3, joint_norm True", "(3) alpha 1, beta 1"]
     for folder, content, settings in (("other base", [7], {"lr": 0.5}), ("the same again", [1], {})):
-        with pytest.raises(tars.UserError, match=f"{folder} does not fit the other runs of seed 1"):
+        with pytest.raises(SystemExit, match=f"{folder} does not fit the other runs of seed 1"):
             evaluation.main(["--compare", *runs, finished_run(tmp_path / folder, 1, content, [(0.6, 1.0), (0.8, 1.0)], **settings)])
-    with pytest.raises(tars.UserError, match="none of the folders"):
+    with pytest.raises(SystemExit, match="none of the folders"):
         evaluation.main(["--compare", str(tmp_path / "stopped")])
-
-
-def test_cost_table_by_hand():
-    # Three steps of 2, 4 and 9 s: 15 s in all, of which the roll-outs took 1 + 1 + 4 = 6 s or 40 %, median 1 s.
-    log = [{"seconds_rollout": r, "seconds_forward": 0.5, "seconds": s, "tokens": 300, "peak_gib": p} for r, s, p in ((1, 2, 1.5), (1, 4, 2.5), (4, 9, 2.0))]
-    table = [line.split() for line in evaluation.cost_table(log).splitlines()]
-    assert table[2:] == [["rollout", "6.0", "1.000", "40.0"], ["forward", "1.5", "0.500", "10.0"], ["whole", "steps", "15.0", "4.000", "100.0"],
-                         "60 sampled tokens a second, peak memory 2.50 GiB".split()]
 
 
 def test_explain_works_one_group_through(small_demo, capsys):
@@ -2974,7 +2583,7 @@ def explained(printed):
 
 def test_explain_takes_the_settings_of_a_run(small_demo, tmp_path, capsys):
     settings = {"model": small_demo / "model", "data": small_demo / "train", "embedder": "ngrams", "alpha": 0.5, "beta": 2.0, "group_size": 4,
-                "max_new_tokens": 26, "joint_norm": True, "layers": "2-3", "resume": ""}
+                "max_new_tokens": 26, "joint_norm": True, "layers": "2-3"}
     (tmp_path / "config.json").write_text(json.dumps(settings, default=str))
     evaluation.main(["--explain", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -2999,8 +2608,8 @@ def test_random_weights_rehearses_full_length_answers_without_a_download(tmp_pat
     config.save_pretrained(tmp_path)
     printed = run(HERE / "eval.py", "--random-weights", tmp_path, "--audio-seconds", 2, "--questions-per-step", 2, "--max-new-tokens", 7)
     did, head, first, second = printed.splitlines()[-4:]
-    assert did == "4 layers in float32 on the CPU: 2 questions, clips of 2 s, 8 answers of 7 tokens each"
-    assert head.split() == ["step", "embed", "rollout", "rewards", "forward", "backward", "optimizer", "total", "s", "tokens/s", "peak", "GiB"]
+    assert did == "4 layers: 2 questions, clips of 2 s, 8 answers of at most 7 tokens" and "cpu, float32" in printed
+    assert head.split() == ["step", "embed", "rollout", "forward", "backward,", "rest", "total", "s", "tokens/s", "peak", "GiB"]
     *phases, total, speed, peak = map(float, second.split()[1:])
     assert sum(phases) == pytest.approx(total, abs=0.05) and peak > 0.1
     tokens = 2 * 8 * 7  # every one of 2 x 8 answers has 7 tokens
@@ -3010,392 +2619,32 @@ def test_random_weights_rehearses_full_length_answers_without_a_download(tmp_pat
     torch.manual_seed(0)
     evaluation.main(["--random-weights", str(tmp_path), "--audio-seconds", "2", "--questions-per-step", "2", "--max-new-tokens", "40", "--mean-tokens", "4"])
     did, _, *steps = capsys.readouterr().out.splitlines()[-4:]
-    assert did.endswith("8 answers of at most 40 tokens each, 4 on average")
+    assert did.endswith("8 answers of at most 40 tokens, 4 on average")
     for step in steps:  # the mean of 16 geometric lengths of mean 4, standard error 0.9
         total, speed = map(float, step.split()[-3:-1])
         assert 1.3 < speed * total / 16 < 8, step
 
-
 # ======================================================================================================================
-# Strange inputs: one line that says what, where and what to do; exit code 2; nothing half-written
+# Conversions that were stopped
 # ======================================================================================================================
-@pytest.fixture(scope="session")
-def world(small_demo, tmp_path_factory):
-    """A model, data and a finished run at fixed paths; call it to put all of it back as it was."""
-    place, pristine = tmp_path_factory.mktemp("world") / "w", tmp_path_factory.mktemp("pristine") / "w"
-    for part in ("model", "train", "test"):
-        shutil.copytree(small_demo / part, place / part)
-    tars.main([str(x) for x in ("--model", place / "model", "--out", place / "run", *SHORT, "--max-new-tokens", 8)])
-    (place / "theirs").mkdir()
-    (place / "theirs" / "notes.txt").write_text("somebody else's")
-    (place / "file").write_text("x")
-    tars.write_aside(place / "clip.wav", lambda path: path.write_bytes(tone(0.5, 16_000)))
-    shutil.copytree(place, pristine)
-
-    def restore():
-        shutil.rmtree(place)
-        shutil.copytree(pristine, place)
-        return place
-
-    return restore
-
-
-SHORT = ("--steps", 2, "--questions-per-step", 2, "--eval-every", 0, "--sample-every", 0)
-
-
-def text(path, content):
-    """Damage: other content of a file."""
-    return lambda w: (w / path).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def keys(path, **values):
-    """Damage: other values in a JSON file."""
-    return lambda w: (w / path).write_text(json.dumps(json.loads((w / path).read_text()) | values))
-
-
-def cut(path):
-    """Damage: the second half of a file is gone."""
-    return lambda w: (w / path).write_bytes((w / path).read_bytes()[: (w / path).stat().st_size // 2])
-
-
-def tensor(path, change, notes=None):
-    """Damage: change({name: tensor}, first name with "layers" in it) of a safetensors file; its notes stay."""
-    def damage(w):
-        with tars.safe_open(w / path, "pt") as file:
-            kept = file.metadata()
-        tensors = load_file(w / path)
-        change(tensors, min((name for name in tensors if "layers" in name), default=min(tensors)))
-        tars.save_file(tensors, w / path, notes or kept)
-    return damage
-
-
-def rows(part, change):
-    """Damage: change(rows) of a data set, written anew with the types that they then have."""
-    def damage(w):
-        made = datasets.load_from_disk(w / part).cast_column("audio", datasets.Audio(decode=False)).to_list()
-        change(made)
-        shutil.rmtree(w / part)
-        for row in made:
-            row["audio"] = {**row["audio"], "path": "x"} if isinstance(row["audio"], dict) else row["audio"]
-        datasets.Dataset.from_list(made).save_to_disk(w / part)
-    return damage
-
-
-def row(part="train", **values):
-    """Damage: other values in the fourth row of a data set."""
-    return rows(part, lambda made: made[3].update(values))
-
-
-def fewer_layers(n):
-    """Damage: config.json says another number of layers."""
-    def damage(w):
-        settings = json.loads((w / "model" / "config.json").read_text())
-        settings["text_config"]["num_hidden_layers"] = n
-        settings["text_config"].pop("layer_types", None)
-        (w / "model" / "config.json").write_text(json.dumps(settings))
-    return damage
-
-
-def drop(part):
-    return lambda tensors, _: [tensors.pop(name) for name in list(tensors) if part in name]
-
-
-def fill(value):
-    return lambda tensors, name: tensors[name].view(-1)[:1].fill_(value)
-
-
-def environment(**values):
-    return lambda w: os.environ.update(values)
-
-
-CONFIG, ADAPTER, STEP2 = "model/tars_config.json", "run/adapter_config.json", "run/checkpoints/step-0000002.safetensors"
-WEIGHTS, TENSORS = "run/adapter_model.safetensors", "model/model.safetensors"
-STRANGE = [
-    # numbers out of their range, in all three programs
-    *(("tars", f"--{flag}={value}", None, f"--{flag}") for flag, values in {
-        "lam": "inf nan -0.1 x", "warmup": "1.5 -1 nan", "max-grad-norm": "0 -1 inf", "beta": "nan -1", "alpha": "inf", "temperature": "inf 0 nan",
-        "lr": "inf -1 fast", "eps-low": "1.5 -0.1", "eps-high": "-1 inf", "weight-decay": "nan", "seed": "-1 4294967296 1.5",
-        "steps": "-1 2.5 1e3", "epochs": "0", "group-size": "3 2 0 7", "questions-per-step": "0 1000000", "max-new-tokens": "0 10000000000 5000",
-        "lora-rank": "0", "lora-alpha": "0", "updates-per-rollout": "0", "eval-batch": "0", "eval-every": "-1", "sample-every": "-1",
-        "save-every": "inf nan", "tokens-per-micro-batch": "-5", "layers": "0-2 3-1 x 1-99", "joint-norm": "yes", "resume": "perhaps",
-        "no-such-flag": "1"}.items() for value in values.split()),
-    ("tars", "--lr", None, "--lr"), ("tars", "stray", None, "stray"), ("tars", "--aux-device gpux", None, "--aux-device gpux"),
-    ("tars", "--data {w}/none", lambda w: datasets.Dataset.from_dict({"a": []}).save_to_disk(w / "none"), "none"),
-    *(("data_prep", f"{source} --out {{w}}/new --{flag}={value}", None, f"--{flag}") for source, flag, values in (
-        ("demo", "val-clips", "0"), ("demo", "train-clips", "0"), ("demo", "test-clips", "-1"), ("demo", "seed", "-1"),
-        ("demo", "stop-at", "1.5 nan"), ("demo", "text-steps", "0"), ("demo", "speech-steps", "0"), ("tars", "limit", "-1 x"),
-        ("voicebench-obqa", "max-seconds", "0 nan 301"), ("mmlu", "tries", "0"), ("csv", "seed", "-1")) for value in values.split()),
-    ("data_prep", "", None, "SOURCE"), ("data_prep", "mmlv", None, "mmlv"), ("data_prep", "demo --outt x", None, "--outt"),
-    *(("eval", f"--{flag}={value}", None, f"--{flag}") for flag, values in {
-        "limit": "-2 x", "max-new-tokens": "0 100000", "eval-batch": "0", "base-text-accuracy": "0 101 nan"}.items() for value in values.split()),
-    *(("eval", f"--random-weights {{w}}/model --{flag}={value}", None, f"--{flag}") for flag, value in (
-        ("group-size", 5), ("group-size", 2), ("audio-seconds", 0), ("audio-seconds", 400), ("audio-seconds", "inf"), ("questions-per-step", 0))),
-    # JSON that is broken or other than meant
-    *(("tars", "", text(CONFIG, content), "tars_config.json") for content in (
-        "", "{", '"lr"', "[]", "null", b"\xff\xfe", '{"lr": "fast"}', '{"steps": 2.5}', '{"joint_norm": "false"}', '{"joint_norm": 1}', '{"model": "x"}',
-        '{"out": "x"}', '{"resume": true}', '{"help": true}', '{"lam": NaN}', '{"temperature": Infinity}', '{"micro": 1}', '{"lr": null}', '{"lr": [1]}',
-        '{"lr": true}', '{"warmup": 7}', "[" * 100_000)),
-    *(("eval", "--adapter {w}/run", text(ADAPTER, content), "adapter_config.json") for content in (
-        "", "{", "[]", '"r"', '{"r": 8}', '{"lora_alpha": 8}')),
-    ("eval", "--adapter {w}/run", lambda w: (keys(ADAPTER, r="x")(w), tensor(WEIGHTS, lambda *_: None, {"format": "pt"})(w)), "adapter_config.json"),
-    ("eval", "--curves {w}/run", lambda w: (w / "run/log.jsonl").write_text((w / "run/log.jsonl").read_text()[:-30]), "log.jsonl, line 2"),
-    ("eval", "--curves {w}/run", text("run/log.jsonl", "[]\n"), "log.jsonl, line 1"), ("eval", "--curves {w}/run", text("run/log.jsonl", ""), "log.jsonl"),
-    ("eval", "--curves {w}/run", text("run/summary.json", "[]"), "summary.json"), ("eval", "--curves {w}/run", text("run/summary.json", "{}"), "summary.json"),
-    *(("eval", "--explain {w}/run", text("run/config.json", content), "config.json") for content in ("", "[]", '{"lr": "fast"}')),
-    ("eval", "--explain {w}/run", keys("run/config.json", group_size=7), "--group-size 7"),
-    ("tars", "", text("model/config.json", "[]"), "model"), ("tars", "", text("model/tokenizer.json", "{"), "model"),
-    ("tars", "", text("model/preprocessor_config.json", "nothing"), "model"),
-    # a model that loads and is not whole
-    ("tars", "", fewer_layers(3), "layers.3"), ("tars", "", fewer_layers(6), "layers.4"), ("eval", "", fewer_layers(1), "layers."),
-    ("tars", "", tensor(TENSORS, drop("audio_tower")), "audio_tower"), ("tars", "", tensor(TENSORS, drop("norm.weight")), "norm"),
-    ("tars", "", tensor(TENSORS, fill(math.inf)), "layers."), ("eval", "", tensor(TENSORS, fill(math.nan)), "layers."),
-    ("tars", "", cut(TENSORS), "model"), ("tars", "", text(TENSORS, ""), "model"), ("tars", "", lambda w: (w / TENSORS).unlink(), "model"),
-    ("tars", "", keys("model/config.json", model_type="llama"), "llama"), ("tars", "--model {w}/nothing", None, "nothing"),
-    ("tars", "--model {w}/file", None, "file"), ("tars", "--model {w}/theirs", None, "theirs"),
-    # a column of another type, an empty cell
-    *((program, "", damage, says) for damage, says in (
-        (row(answer_index=7), "answer_index 7"), (row(answer_index=None), "answer_index None"), (row(audio=None), "no clip"),
-        (row(audio={"bytes": b""}), "no clip"), (row(options=["a", "\u200b", "c", "d"]), "four options"), (row(options=["a", None, "c", "d"]), "four options"),
-        (row(options=["a"]), "four options"), (row(options=None), "four options"), (row(question="\ufeff \u2060"), "no question"),
-        (row(question=None), "no question"), (rows("train", lambda made: [r.update(answer_index=float(r["answer_index"])) for r in made]), "answer_index"),
-        (rows("train", lambda made: [r.update(answer_index=True) for r in made]), "answer_index"),
-        (rows("train", lambda made: [r.update(options=dict(zip("abcd", r["options"]))) for r in made]), "options"),
-        (rows("train", lambda made: [r.update(options="wxyz") for r in made]), "options"), (rows("train", lambda made: [r.update(key=1) for r in made]), "key"),
-        (rows("train", lambda made: [r.pop("question") for r in made]), "question"), (rows("train", lambda made: [r.update(audio="a.wav") for r in made]), "clip"))
-      for program in ("tars", "eval --data {w}/train")),
-    ("tars", "--eval-data {w}/train", row(audio=None), "no clip"), ("tars", "--data {w}/nothing", None, "nothing"), ("tars", "--data {w}/file", None, "file"),
-    ("tars", "--data {w}/theirs", None, "theirs"), ("tars", "", text("train/dataset_info.json", "{"), "train"), ("tars", "", text("train/state.json", "[]"), "train"),
-    ("tars", "", cut("train/data-00000-of-00001.arrow"), "train"), ("tars", "--data {w}/two", lambda w: datasets.DatasetDict({"a": load_questions(w / "test")}).save_to_disk(w / "two"), "several"),
-    # clips whose header lies, and too long ones
-    ("eval", "--ask {w}/clip.wav", lambda w: (w / "clip.wav").write_bytes(tone(0.5, 16_000)[:34] + b"\x28\x00" + tone(0.5, 16_000)[36:]), "unreadable clip"),
-    *(("eval", "--ask {w}/clip.wav", lambda w, rate=rate: (w / "clip.wav").write_bytes(tone(0.5, 16_000)[:24] + rate.to_bytes(4, "little") + tone(0.5, 16_000)[28:]), "unreadable clip")
-      for rate in (0, 7, 44_101, 399_989, 1_000_003, 2**32 - 1)),
-    *(("eval", "--ask {w}/clip.wav", text("clip.wav", content), "unreadable clip") for content in (b"", b"RIFF", b"ID3" + bytes(500), bytes(1000))),
-    ("tars", "", row(audio={"bytes": tone(290, 16_000)}), "positions"), ("eval", "--data {w}/train", row(audio={"bytes": tone(290, 16_000)}), "positions"),
-    ("tars", "", row(question="word " * 3000), "positions"),
-    # checkpoints: torn, foreign, of another run
-    *(("tars", "--out {w}/run --resume", damage, says) for damage, says in (
-        (cut(STEP2), "step-0000002"), (text(STEP2, ""), "step-0000002"), (tensor(STEP2, drop("trained.0")), "trained.0"), (tensor(STEP2, drop("adamw.3")), "adamw.3"),
-        (tensor(STEP2, drop("adamw")), "adamw"), (tensor(STEP2, fill(math.nan)), "step-0000002"),
-        (tensor(STEP2, lambda t, name: t.update({name: torch.zeros(1)})), "adamw.0"), (tensor(STEP2, lambda t, name: t.update(more=torch.zeros(1))), "more"),
-        (tensor(STEP2, lambda *_: None, {"format": "pt"}), "step-0000002"), (tensor(STEP2, lambda *_: None, {"tars": "["}), "step-0000002"),
-        (text("run/log.jsonl", "{}\n"), "log.jsonl"), (lambda w: (w / "run/log.jsonl").unlink(), "log.jsonl"), (row(question="another one"), "train"), (row("test", question="another one"), "test"),
-        (tensor(TENSORS, fill(0.5)), "model"))),
-    ("tars", "--out {w}/run --resume --lr 0.5", None, "lr"), ("tars", "--out {w}/run --resume --steps 3", None, "steps"), ("tars", "--resume", None, "no checkpoint"),
-    ("tars", "--out {w}/run", lambda w: (w / "run/summary.json").unlink(), "unfinished"),
-    # adapters: torn, foreign
-    *(("eval", "--adapter {w}/run", damage, says) for damage, says in (
-        (cut(WEIGHTS), "adapter_model"), (text(WEIGHTS, ""), "adapter_model"), (tensor(WEIGHTS, lambda t, name: t.pop(name)), "lora_A"),
-        (tensor(WEIGHTS, lambda t, name: t.update({name: torch.zeros(1)})), "lora_A"), (tensor(WEIGHTS, fill(math.nan)), "lora_A"),
-        (tensor(WEIGHTS, lambda t, name: t.update(more=torch.zeros(1))), "more"), (lambda w: (w / WEIGHTS).unlink(), "run"), (lambda w: (w / ADAPTER).unlink(), "run"))),
-    ("eval", "--adapter {w}/run", lambda w: tensor(WEIGHTS, lambda *_: None, {"tars": '{"r": 4, "lora_alpha": 32}'})(w), "lora_A"),
-    # what can be refused before the work, and somebody else's files
-    ("eval", "--adapter {w}/file", None, "file"), ("eval", "--adapter {w}/nothing", None, "nothing"), ("eval", "--cascade {w}/nothing", None, "--cascade"),
-    ("eval", "--agree {w}/nothing", None, "--agree"), ("eval", "--extractor {w}/nothing", None, "--extractor"), ("tars", "--embedder {w}/nothing", None, "--embedder"),
-    ("eval", "--layers --plot {w}/theirs", None, "--plot"), ("eval", "--layers --plot {w}/a.xyz", None, "--plot"), ("eval", "--layers --plot {w}/file/a.png", None, "file"),
-    ("eval", "--ask {w}/nothing.wav", None, "nothing.wav"), ("eval", "--explain {w}/nothing", None, "nothing"), ("eval", "--curves {w}/nothing", None, "nothing"),
-    ("eval", "--random-weights {w}/nothing", None, "nothing"), ("eval", "--data {w}/nothing", None, "nothing"), ("eval", "--out {w}/file/x", None, "file"),
-    ("tars", "--out=", None, "--out"), ("tars", "--out {w}/model", None, "--out"), ("tars", "--out {w}/train", None, "--out"), ("tars", "--out {w}/theirs", None, "--out"),
-    ("tars", "--out {w}/file", None, "file"), ("tars", "--out {w}/file/x", None, "file"), ("tars", "--out {w}/run", text("run/config.json", "{}"), "--out"),
-    ("data_prep", "demo --out {w}/theirs", None, "theirs"), ("data_prep", "demo --out {w}/file/x", None, "file"), ("data_prep", "demo --out=", None, "exists already"),
-    ("data_prep", "tars --origin {w}/train --out {w}/file/x", None, "file"), ("data_prep", "tars --origin {w}/train --out {w}/new", lambda w: (w / "theirs").rename(w / "new.part"), "new.part"),
-    ("data_prep", "csv --origin {w}/nothing.csv --out {w}/new", None, "nothing.csv"), ("data_prep", "csv --origin {w}/file --out {w}/new", None, "file"),
-    ("data_prep", "tars --origin {w}/nothing --out {w}/new", None, "nothing"), ("data_prep", "mmlu --origin {w}/train --out {w}/new", None, "lacks the column"),
-    # the environment of torchrun, without torchrun
-    ("tars", "", environment(RANK="x"), "RANK"), ("tars", "", environment(RANK="", WORLD_SIZE="2"), "RANK"), ("tars", "", environment(WORLD_SIZE="2"), "RANK"),
-    ("tars", "", environment(RANK="3", WORLD_SIZE="1"), "RANK"),
-]
-
-
-@pytest.mark.parametrize("case", range(len(STRANGE)), ids=[f"{program} {flags}"[:60] for program, flags, *_ in STRANGE])
-def test_strange_input_ends_in_one_line_before_the_work(world, case, monkeypatch, capsys):
-    program, flags, damage, says = STRANGE[case]
-    w = world()
-    for name, value in {"RANK": 0, "RANKS": 1}.items():
-        monkeypatch.setattr(tars, name, value)  # put back afterwards
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    if damage:
-        damage(w)
-    capsys.readouterr()
-    program, *more = program.split()
-    defaults = {"tars": ["--model", w / "model", "--out", w / "out", *SHORT, *(("--max-new-tokens", 8) if "max-new" not in flags else ())],
-                "eval": ["--model", w / "model", "--out", w / "out"], "data_prep": []}[program]
-    before = {path: path.stat().st_mtime_ns for path in w.rglob("*")}
-    for work in ("train_step", "evaluate") if program == "tars" else ("answer_greedily",):
-        monkeypatch.setattr({"tars": tars, "eval": evaluation, "data_prep": tars}[program], work, lambda *args, **kwargs: pytest.fail("the work began"))
-    monkeypatch.setattr(data_prep, "train_llm", lambda *args: pytest.fail("the work began"))
-    main = {"tars": tars, "eval": evaluation, "data_prep": data_prep}[program].main
-    arguments = [str(x).replace("{w}", str(w)) for x in (*defaults, *more, *flags.split())]
-    with pytest.raises(SystemExit) as end:
-        tars.run(f"{program}.py", lambda: main(arguments))
-    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "%|" not in line]  # no progress bars
-    assert end.value.code == 2 and len(said) == 1 and said[0].startswith(f"{program}.py: ") and says in said[0], said
-    assert {path: path.stat().st_mtime_ns for path in w.rglob("*") if path.name != "cache"} == before  # nothing written, nothing removed
-
-
-FULL = """
-import sys, resource, importlib, tars
-name, where, nth, *flags = sys.argv[1:]
-program, (*path, last), calls = importlib.import_module(name), where.split("."), []
-owner = program
-for part in path:
-    owner = getattr(owner, part)
-before = getattr(owner, last)
-def full(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == int(nth):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60, resource.RLIM_INFINITY))
-    return before(*args, **kwargs)
-setattr(owner, last, staticmethod(full) if isinstance(owner, type) else full)
-tars.run(name, lambda: program.main(flags))
-"""
-
-
-@slow
-@pytest.mark.parametrize("program, flags, where, nth", [
-    *(("tars", "--out {w}/new --save-every 0 --max-new-tokens 8 --resume auto", where, nth) for where, nth in (
-        ("write_json", 1), ("open_log", 1), ("save_checkpoint", 1), ("save_checkpoint", 2), ("write_line", 1), ("write_line", 2), ("save_adapter", 1))),
-    *(("data_prep", "tars --origin {w}/train --out {w}/new", where, nth) for where, nth in (("resume", 1), ("wav_bytes", 3), ("write_line", 2), ("datasets.Dataset.from_list", 1))),
-    *(("eval", "--max-new-tokens 8 --out {w}/kept --layers --plot {w}/a.png", "save", 1), ("eval", "--max-new-tokens 8 --out {w}/kept", "cached_records", 1),
-      ("eval", "--max-new-tokens 8 --out {w}/kept", "answer_greedily", 1)),
-])
-def test_full_disk_ends_in_one_line_and_the_same_command_goes_on_when_there_is_room(world, program, flags, where, nth):
-    """`ulimit -f` from some call of a function on: no file grows beyond 60 bytes."""
-    w = world()
-    flags = [*({"tars": ["--model", w / "model", *SHORT], "eval": ["--model", w / "model"]}.get(program, [])), *(f.replace("{w}", str(w)) for f in flags.split())]
-    said = [line for line in run("-c", FULL, program, where, nth, *flags, fails=True).replace("\r", "\n").splitlines() if line.strip("\x1b[A ") and "%|" not in line]
-    assert len(said) == 1 and "File too large" in said[0] and not list(w.rglob("*.safetensors.part"))
-    run(HERE / f"{program}.py", *flags)
-
-
-def test_at_every_moment_an_adapter_has_its_own_scale(checkpoint, lm, questions, answers, tmp_path):
-    """Killed between the two files over an older adapter: adapter_config.json is the old one's, the weights bring theirs."""
-    perturb(lm)
-    save_adapter(lm, tmp_path, Config(model=checkpoint))
-    keys("adapter_config.json", r=4, lora_alpha=1)(tmp_path)
-    fresh = SpeechLM.from_pretrained(checkpoint)
-    evaluation.load_adapter(fresh, tmp_path)
-    torch.testing.assert_close(forward(fresh, questions, *answers)[0], forward(lm, questions, *answers)[0])
-    tensor("adapter_model.safetensors", lambda *_: None, {"format": "pt"})(tmp_path)  # as PEFT writes it: the scale is in the other file
-    keys("adapter_config.json", r=8, lora_alpha=32)(tmp_path)
-    evaluation.load_adapter(fresh, tmp_path)
-    torch.testing.assert_close(forward(fresh, questions, *answers)[0], forward(lm, questions, *answers)[0])
-
-
-def test_new_run_in_a_finished_runs_folder_removes_its_files_first_and_no_others(world, monkeypatch):
-    w = world()
-    (w / "run" / "checkpoints" / "step-best.safetensors").write_text("mine")
-    (w / "run" / "notes.txt").write_text("mine")
-    monkeypatch.setattr(tars, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        tars.main([str(x) for x in ("--model", w / "model", "--out", w / "run", *SHORT, "--lora-alpha", 8)])
-    assert {p.name for p in (w / "run").rglob("*")} == {"config.json", "notes.txt", "checkpoints", "step-best.safetensors"}
-    assert json.loads((w / "run" / "config.json").read_text())["lora_alpha"] == 8
-
-
 @pytest.mark.parametrize("damage", [lambda part: (part / "1.wav").write_bytes(b""), lambda part: (part / "1.wav").unlink(), lambda part: (part / "rows.jsonl").write_bytes(b""),
                                     lambda part: (part / "0.wav").write_bytes((part / "0.wav").read_bytes()[:-2])])
-def test_clips_that_a_power_cut_took_are_made_again(world, monkeypatch, capsys, damage):
-    w = world()
+def test_clips_that_a_power_cut_took_are_made_again(small_demo, tmp_path, monkeypatch, capsys, damage):
+    source, new = small_demo / "train", tmp_path / "new"
     monkeypatch.setattr(datasets.Dataset, "from_list", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        prepare(capsys, "tars", "--origin", w / "train", "--out", w / "new", "--limit", 3)
+        prepare(capsys, "tars", "--origin", source, "--out", new, "--limit", 3)
     monkeypatch.undo()
-    damage(w / "new.part")
-    prepare(capsys, "tars", "--origin", w / "train", "--out", w / "new", "--limit", 3)
+    damage(tmp_path / "new.part")
+    prepare(capsys, "tars", "--origin", source, "--out", new, "--limit", 3)
     clips = lambda path: [row["audio"]["bytes"] for row in load_questions(path).select(range(3))]
-    assert [len(clip) for clip in clips(w / "new")] == [len(clip) for clip in clips(w / "train")]
+    assert [len(clip) for clip in clips(new)] == [len(clip) for clip in clips(source)]
 
 
-def test_terminal_without_unicode_gets_question_marks(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    tars.run("tars.py", lambda: print("où", flush=True))
-    with pytest.raises(SystemExit):
-        tars.run("tars.py", lambda: (_ for _ in ()).throw(tars.UserError("où")))
-    sys.stderr.flush()
-    assert sys.stdout.buffer.getvalue() == b"o?\n" and sys.stderr.buffer.getvalue() == b"tars.py: o?\n"
-
-
-def test_full_memory_of_a_cpu_ends_like_that_of_a_gpu(capsys):
-    with pytest.raises(SystemExit):
-        tars.run("tars.py", lambda: torch.empty(10**14))
-    assert "out of memory at" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        tars.run("tars.py", lambda: np.empty(10**14))
-    assert "lower --tokens-per-micro-batch" in capsys.readouterr().err
-
-
-def test_an_error_that_only_mentions_memory_is_no_full_memory():
-    with pytest.raises(RuntimeError, match="illegal"):
-        tars.run("tars.py", lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access was encountered")))
-
-
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
-    calls, replace = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync"))
-    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("rename") or replace(*paths))
-    tars.write_json(tmp_path / "a.json", {})
-    assert calls == ["sync", "rename"] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_numbers_that_json_does_not_have_become_null(tmp_path):
-    tars.write_json(tmp_path / "a.json", {"mrr": math.nan, "group": [{"rep": math.inf, "acc": 0.5}]})
-    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"mrr": None, "group": [{"rep": None, "acc": 0.5}]}
-
-
-def test_a_folder_in_which_a_run_was_killed_at_its_first_file_is_free(tmp_path):
-    (tmp_path / "config.json.part").write_text("{")
-    tars.check_out(str(tmp_path))
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(tars.UserError, match="not those of a run"):
-        tars.check_out(str(tmp_path))
-
-
-def test_signal_in_the_last_step_stops_before_the_evaluation_and_the_next_one_is_not_only_noted(small_demo, tmp_path, monkeypatch):
-    evaluate, train_step, save, out = tars.evaluate, tars.train_step, tars.save_checkpoint, tmp_path / "run"
-    flags = [*long_flags(small_demo, out)[1:], "--steps", "2", "--eval-every", "0"]
-
-    def step(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*args)
-
-    monkeypatch.setattr(tars, "train_step", step)
-    for resume in ([], ["--resume"]):  # stopped in step 1, then in step 2, the last
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {1 + len(resume)} of 2"):
-            tars.main(flags + resume)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second signal ends the run
-        tars.on_signals(signal.default_int_handler)
-    monkeypatch.setattr(tars, "train_step", train_step)
-    tars.main([*flags, "--resume"])
-    assert (out / "summary.json").exists() and len((out / "log.jsonl").read_text().splitlines()) == 2
-
-
-def test_signal_between_steps_is_noted_and_a_second_one_ends_the_run(small_demo, tmp_path, monkeypatch):
-    save, train_step, handlers = tars.save_checkpoint, tars.train_step, []
-
-    def saving(optimizer, step, *args):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        save(optimizer, step, *args)
-
-    def step(*args):
-        handlers.append(signal.getsignal(signal.SIGTERM))
-        return train_step(*args)
-
-    monkeypatch.setattr(tars, "save_checkpoint", saving)
-    monkeypatch.setattr(tars, "train_step", step)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 3"):
-        tars.main([*long_flags(small_demo, tmp_path / "run")[1:], "--steps", "3", "--eval-every", "0"])
-    assert handlers[0] != signal.SIG_DFL == handlers[1]
-    tars.on_signals(signal.default_int_handler)
-
-
-def test_one_data_set_named_twice_is_measured_once(world, capsys, monkeypatch):
-    w = world()
-    monkeypatch.chdir(w)
+def test_one_data_set_named_twice_is_measured_once(small_demo, capsys, monkeypatch):
+    monkeypatch.chdir(small_demo)
     monkeypatch.setattr(evaluation, "compare", lambda args, cfg, sets: print(sorted(sets)))
-    evaluation.main(["--model", "model", "--data", "test", "./test/", str(w / "test")])
+    evaluation.main(["--model", "model", "--data", "test", "./test/", str(small_demo / "test")])
     assert capsys.readouterr().out.endswith("['test']\n")
 
 
@@ -3443,16 +2692,16 @@ def straightforward_batch(lm, questions, cfg, parameters, completions=None):
     As in a plain forward call, each pass runs the audio encoder; here at least once a question and not once a row.
     """
     half = cfg.group_size // 2
-    ids, mask, truncated = completions or straightforward_rollout(lm, lm.embed(questions), half, cfg)
+    ids, mask, truncated = completions or straightforward_rollout(lm, lm.embed_prompts(questions), half, cfg)
     completions = lm.detokenize(ids, mask)
     _, acc, fmt = judge(questions, completions, tars.extract_answers)
     base, correct = base_reward(acc, fmt, cfg.lam).view(truncated.shape), acc.view(truncated.shape)[:, 1] == 1
     references = pick_references(correct, torch.Generator().manual_seed(0))
-    sentences = NGramEmbedder().embed(completions).unflatten(0, truncated.shape)  # [B, 2, G/2, D]
+    sentences = tars.embed_ngrams(completions).unflatten(0, truncated.shape)  # [B, 2, G/2, D]
     flat = ids.flatten(0, 2)  # [R, C] with R = B * 2 * G/2
 
     def logps(**kwargs):
-        prompt, prompt_mask = pad_left([prompt for question in lm.embed(questions) for prompt in question])
+        prompt, prompt_mask = pad_left([prompt for question in lm.embed_prompts(questions) for prompt in question])
         P = prompt.shape[1]
         embeds = torch.cat([prompt.repeat_interleave(half, 0), lm.embed_tokens(flat)], 1)  # [R, P + C, H]
         present = torch.cat([prompt_mask.repeat_interleave(half, 0), mask.flatten(0, 2)], 1)
@@ -3473,8 +2722,8 @@ def straightforward_batch(lm, questions, cfg, parameters, completions=None):
             if (r := references[b, s]) >= 0:
                 near = representation_reward(pooled[b, 0, s], pooled[b, 1, r]), behavior_reward(sentences[b, 0, s], sentences[b, 1, r])
                 rewards[b, 0, s] = total_reward(base[b, 0, s], *near, cfg.alpha, cfg.beta)
-    learnt = (mask * ~truncated[..., None]).flatten(0, 2)
-    loss = grpo_loss(logps()[0], old, modality_advantages(rewards).flatten(), learnt, cfg.eps_low, cfg.eps_high)
+    weights = token_weights(mask, truncated).flatten(0, 2)
+    loss = grpo_loss(logps()[0], old, modality_advantages(rewards).flatten(), weights, cfg.eps_low, cfg.eps_high)
     return torch.autograd.grad(loss, parameters)
 
 
@@ -3494,13 +2743,13 @@ def test_speed_of_a_step(small_demo):
     """Whole step and roll-out against the straightforward version, and TARS against plain GRPO, on the demo."""
     lm, questions, cfg, optimizer = demo_step(small_demo)
     parameters, half = optimizer.param_groups[0]["params"], cfg.group_size // 2
-    prompts, plain = lm.embed(questions), dataclasses.replace(cfg, alpha=0.0, beta=0.0)
+    prompts, plain = lm.embed_prompts(questions), dataclasses.replace(cfg, alpha=0.0, beta=0.0)
 
     def seeded():
         return torch.Generator().manual_seed(0)
 
     def step(cfg):
-        return train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, seeded())
+        return train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, seeded())
 
     seconds = alternate(40, tars=lambda: step(cfg), grpo=lambda: step(plain))
     seconds |= alternate(15, step=lambda: step(cfg), straightforward=lambda: straightforward_batch(lm, questions, cfg, parameters))
@@ -3515,7 +2764,7 @@ def test_speed_of_a_step(small_demo):
 
 
 def forward_backward(lm, prompts, ids, mask):
-    logps, _ = lm.forward(prompts, ids, mask, 1.0)
+    logps, _ = lm.score(prompts, ids, mask, 1.0)
     (logps * mask).sum().backward()
 
 
@@ -3565,95 +2814,18 @@ def test_speed_merging_lora_for_the_rollout_would_be_another_policy_in_bfloat16(
     with torch.no_grad():
         for p in optimizer.param_groups[0]["params"]:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.002)
-        prompts = lm.embed(questions)
+        prompts = lm.embed_prompts(questions)
         ids, mask, _ = lm.rollout(prompts, 4, cfg.max_new_tokens, 1.0, torch.Generator().manual_seed(0))
-        apart = lm.forward(prompts, ids, mask, 1.0, pool=False)[0]
-        with without_lora():
-            base = lm.forward(prompts, ids, mask, 1.0, pool=False)[0]
+        apart = lm.score(prompts, ids, mask, 1.0, pool=False)[0]
+        with without_lora(lm):
+            base = lm.score(prompts, ids, mask, 1.0, pool=False)[0]
             for m in lm.model.modules():
                 if isinstance(m, LoRALinear):
                     m.linear.weight.data = (m.linear.weight.float() + m.scale * m.lora_B @ m.lora_A).bfloat16()
-            merged = lm.forward(prompts, ids, mask, 1.0, pool=False)[0]
+            merged = lm.score(prompts, ids, mask, 1.0, pool=False)[0]
     effect, error = ((x - apart).abs()[mask.bool()] for x in (base, merged))
     print(f"\n|difference| of log-probs: LoRA's effect {effect.mean():.4f}; merged against apart {error.mean():.4f} on average, {error.max():.2f} at most")
     assert error.max() > 0.05
-
-
-def paper_lengths(B, generator):
-    """Lengths of a step of the paper: prompts of 1,900 spoken and 340 written tokens, answers of 280, some up to 1,024."""
-    spread = torch.randn(B, 2, generator=generator).mul(0.35).exp()
-    prompts = (torch.tensor([1825.0, 320.0]) * spread).long()
-    answers = torch.randn(B, 2, 4, generator=generator).mul(0.55).exp().mul(240).clamp(16, 1024).long()
-    return prompts, answers
-
-
-def test_speed_padding_at_the_papers_lengths():
-    """Tokens computed for each that is needed, over 400 simulated steps with the default budget."""
-    generator, paddings, passes = torch.Generator().manual_seed(0), [], []
-    for _ in range(400):
-        prompts, answers = paper_lengths(8, generator)
-        batches, padding = tars.micro_batches([[range(n) for n in question] for question in prompts], answers[..., None] > torch.arange(1024),
-                                              Config.tokens_per_micro_batch)
-        paddings.append(padding)
-        passes.append(len(batches))
-    print(f"\ntokens computed / needed: {np.mean(paddings):.3f}; forwards a step: {np.mean(passes):.1f}")
-    assert np.mean(paddings) < 1.15
-
-
-def decoding_step(N=16, T=4, S=2204):
-    """Queries of a decoding step at the 7B's shapes, cached keys and values, and who sees whom."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(N, heads, tokens, 128, generator=generator) for heads, tokens in ((28, T), (4, S), (4, S)))
-    return q, k, v, torch.rand(N, 1, T, S, generator=generator) < 0.9
-
-
-@slow
-def test_speed_of_attention_in_a_decoding_step_of_the_7b():
-    """Against the two matrix products alone, which read keys and values once; and sdpa, which repeats them for each query head."""
-    torch.set_num_threads(1)
-    q, k, v, mask = decoding_step()
-    folded, module = q.unflatten(1, (4, 7)).flatten(2, 3), SimpleNamespace(num_key_value_groups=7, is_causal=True)  # [N, 4, 28, 128]
-    with torch.no_grad():
-        seconds = alternate(9, products=lambda: (folded @ k.transpose(-1, -2)) @ v, folded=lambda: tars.folded_attention(module, q, k, v, mask),
-                            sdpa=lambda: tars.sdpa_attention_forward(module, q, k, v, mask))
-    torch.set_num_threads(2)
-    print("\nmedian seconds:", {name: round(s, 4) for name, s in seconds.items()})
-    print(f"against the products alone: folded {seconds['folded'] / seconds['products']:.2f}, sdpa {seconds['sdpa'] / seconds['products']:.1f}")
-    assert seconds["folded"] < 1.3 * seconds["products"]
-
-
-@slow
-def test_speed_of_a_decoder_layer_of_the_7b():
-    """One layer, one decoding step of 16 rows x 4 answers behind 2,204 tokens, against its linear layers alone."""
-    from transformers import Qwen2_5OmniThinkerConfig
-    torch.set_num_threads(1)
-    config = Qwen2_5OmniThinkerConfig(text_config=dict(num_hidden_layers=1, vocab_size=64)).text_config
-    seconds = {}
-    with torch.no_grad():
-        decoders = {}
-        for name in ("folded", "sdpa"):
-            config._attn_implementation = name
-            decoders[name] = tars.Qwen25Omni.model_class._from_config(
-                Qwen2_5OmniThinkerConfig(text_config=config.to_dict(), vision_config=dict(depth=1, hidden_size=16, num_heads=2, out_hidden_size=3584),
-                                         audio_config=dict(encoder_layers=1, d_model=64, encoder_attention_heads=2)), attn_implementation=name).get_decoder()
-        layers = [m for m in decoders["folded"].layers.modules() if isinstance(m, torch.nn.Linear)]
-        prompt, step = torch.randn(16, 2204, 3584) * 0.01, torch.randn(16, 4, 3584)
-        caches = {"folded": tars.Cache(layer_class_to_replicate=tars.RoomyLayer), "sdpa": tars.Cache(layer_class_to_replicate=tars.DynamicLayer)}
-        k, v = torch.randn(2, 16, 4, 2204, 128)
-        for cache in caches.values():
-            cache.update(k, v, 0)
-
-        def decode(name):
-            S = caches[name].get_seq_length() + 4
-            decoders[name](inputs_embeds=step, attention_mask=torch.ones(16, 1, 4, S, dtype=torch.bool), position_ids=torch.full((16, 4), S),
-                           past_key_values=caches[name], use_cache=True)
-
-        inputs = {m.in_features: torch.randn(16, 4, m.in_features) for m in layers}
-        seconds = alternate(9, linear=lambda: [m(inputs[m.in_features]) for m in layers], folded=lambda: decode("folded"), sdpa=lambda: decode("sdpa"))
-    torch.set_num_threads(2)
-    print("\nmedian seconds:", {name: round(s, 3) for name, s in seconds.items()})
-    print(f"against the linear layers alone: ours {seconds['folded'] / seconds['linear']:.2f}, transformers' own {seconds['sdpa'] / seconds['linear']:.2f}")
-    assert seconds["folded"] < 1.3 * seconds["linear"]
 
 
 # ======================================================================================================================
@@ -3687,7 +2859,7 @@ def with_holes(source):
 def write_sheet(folder):
     """A copy of the project with the method left out. Raises UserError if `folder` is there already."""
     if folder.exists():
-        raise tars.UserError(f"{folder} exists: give a new folder")
+        raise SystemExit(f"{folder} exists: give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as aside:
         sheet = Path(aside) / folder.name
@@ -3823,21 +2995,18 @@ def test_exercise_02_modality_advantages():
 @exercise
 def test_exercise_03_token_weights_and_grpo_loss():
     mask, cut = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]), torch.tensor([False, True])
-    explain_difference(tars.token_weights(mask), mask / 5, {
+    explain_difference(tars.token_weights(mask, uncut(mask)), mask / 5, {
         "padding is counted: divide by the completion tokens alone": mask / 8,
         "padding has weights: they are 0 where the mask is 0": torch.full((2, 4), 1 / 8),
         "yours gives each answer the same weight, as GRPO's mean of means; DAPO gives each token of the batch the same":
             mask / mask.sum(-1, keepdim=True) / 2,
         "yours divides by each answer's own tokens; w divides by those of all answers": mask / mask.sum(-1, keepdim=True)}, "token_weights")
-    explain_difference(tars.token_weights(mask, truncated=cut), [[0.25] * 4, [0] * 4], {
+    explain_difference(tars.token_weights(mask, cut), [[0.25] * 4, [0] * 4], {
         "a cut answer weighs nothing in the loss: yours does": mask / 5,
         "the tokens of a cut answer are not counted either: the others then weigh more": mask * torch.tensor([[1], [0]]) / 5,
         "`truncated` is True for the answers that were cut: you keep those and drop the others": mask * torch.tensor([[0], [1]])},
         "token_weights with a cut answer")
-    explain_difference(tars.token_weights(mask, 10), mask / 10, {"n_tokens, where it is given, is the number to divide by": mask / 5}, "token_weights")
-    explain_difference(tars.token_weights(mask, 10, cut), mask * torch.tensor([[1], [0]]) / 10, {
-        "a cut answer weighs nothing where n_tokens is given, too": mask / 10}, "token_weights with n_tokens and a cut answer")
-    teach(same(tars.token_weights(mask, truncated=torch.tensor([True, True])), torch.zeros(2, 4)), "if all answers are cut, the weights are 0, not NaN")
+    teach(same(tars.token_weights(mask, torch.tensor([True, True])), torch.zeros(2, 4)), "if all answers are cut, the weights are 0, not NaN")
 
     def loss(ratio, advantage, *eps):  # of one token
         return tars.grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), *eps)
@@ -3863,19 +3032,17 @@ def test_exercise_03_token_weights_and_grpo_loss():
             "eps_low and eps_high are arguments: you use 0.2 and 0.28 whatever they are": loss(ratio, advantage)}, "grpo_loss with eps_low 0.3 and eps_high 0.4")
     logps, old, advantages = random_(3, 4).requires_grad_(), random_(3, 4, seed=1), random_(3, seed=2)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    given = tars.grpo_loss(logps, old, advantages, mask)
+    weights = mask / mask.sum()  # [3, 4]
+    given = tars.grpo_loss(logps, old, advantages, weights)
     teach(given.requires_grad, "no gradient reaches the log-probs: your loss has none")
     value, gradient = loss_by_loop(logps, old, advantages, mask, 0.2, 0.28)
     everything, _ = loss_by_loop(logps, old, advantages, torch.ones_like(mask), 0.2, 0.28)
-    rows = sum(loss_by_loop(*(x[i : i + 1] for x in (logps, old, advantages, mask)), 0.2, 0.28)[0] for i in range(3)) / 3
     explain_difference(given, value, {
-        "padding is counted in the mean": everything,
-        "padding is left out of the sum, but counted in the number of tokens": value * mask.sum() / mask.numel(),
-        "yours is a mean of the answers' means; DAPO takes one mean over all tokens": rows}, "grpo_loss of three answers")
+        "padding is counted: each token's part is multiplied by its weight": everything,
+        "the weights sum to 1 over all tokens: the loss is the weighted sum, not its mean": value / mask.numel(),
+        "the weights are already divided by the number of tokens: yours are divided once more": value / mask.sum()}, "grpo_loss of three answers")
     given.backward()
     explain_difference(torch.zeros(3, 4) if logps.grad is None else logps.grad, gradient, {"no gradient reaches the log-probs: the ratio must not be detached": torch.zeros(3, 4)}, "the gradient")
-    explain_difference(tars.grpo_loss(logps, old, advantages, mask, weights=2 * mask / mask.sum()), 2 * value, {
-        "`weights`, where they are given, take the place of token_weights": value}, "grpo_loss with weights")
 
 
 @exercise
@@ -3993,8 +3160,6 @@ def test_exercise_08_lora():
     teach(lora(x).requires_grad, "A and B are what is trained: no gradient reaches them")
     lora(x).sum().backward()
     teach(lora.lora_A.grad is not None and lora.lora_B.grad is not None, "A and B are what is trained: no gradient reaches them")
-    with without_lora():
-        teach(same(lora(x), frozen), "within without_lora() the layer is its frozen self: look at LoRALinear.enabled")
     lora = LoRALinear(torch.nn.Linear(2, 1, bias=False).bfloat16(), rank=1, alpha=1)
     lora.linear.weight.data.zero_()
     lora.lora_A.data, lora.lora_B.data = torch.tensor([[1 + 2**-10, -1.0]]), torch.tensor([[1.0]])
@@ -4006,9 +3171,9 @@ def test_exercise_08_lora():
 @exercise
 def test_exercise_09_paired_rows():
     # A spoken prompt of 2 tokens with answers of 2 and 1, a written prompt of 1 with answers of 1 and 1, one of padding.
-    answered = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
-    sees, positions, previous = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), answered)
-    teach(sees.shape == (2, 1, 9, 9) and positions.shape == previous.shape == (2, 9), "mask [b, 1, T, T], position ids and previous tokens [b, T], T of the longest question")
+    is_token = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
+    sees, positions, predictor = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), is_token)
+    teach(sees.shape == (2, 1, 9, 9) and positions.shape == predictor.shape == (2, 9), "mask [b, 1, T, T], position ids and predictors [b, T], T of the longest question")
     teach(sees.dtype == torch.bool, "the mask is of type bool, True where a token is seen: attention would add another type to the scores")
     both, sees = sees[:, 0], sees[0, 0]  # [b, T, T], [T, T]
     teach(sees.diagonal().all(), "each token sees itself, padding too: a softmax over nothing is NaN")
@@ -4028,7 +3193,7 @@ def test_exercise_09_paired_rows():
         "an answer goes on from the positions of its prompt: yours start at 0": [[0, 1, 0, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1, 0, 0]],
         "each answer goes on from its prompt, and not from the answer beside it": [[0, 1, 2, 3, 4, 0, 1, 2, 0], [0, 1, 2, 3, 4, 0, 1, 2, 3]],
         "the written prompt starts at 0, as if the spoken one were not there": [[0, 1, 2, 3, 2, 2, 3, 3, 0], [0, 1, 2, 1, 2, 1, 2, 3, 3]]}, "position ids")
-    explain_difference(previous, [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]], {
+    explain_difference(predictor, [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]], {
         "the first token of each answer is predicted by the prompt's last token, not by what stands beside it":
             [[-1, -1, 1, 2, 3, -1, 5, 6, -1], [-1, 0, 1, 2, 3, -1, -1, 6, 7]],
         "a token is predicted by the one before it, not by itself": [[-1, -1, 2, 3, 4, -1, 6, 7, -1], [-1, 1, 2, 3, 4, -1, -1, 7, 8]],
@@ -4044,7 +3209,9 @@ def test_exercise_10_train_step(questions, monkeypatch):
     for tensor in answers:  # the right written answer is the second, the first, the second, the first
         tensor[[1, 3], 1] = tensor[[1, 3], 1].flip(1)
     cut[0, 0, 1] = True
-    begin, drawn, given, generator = [p.detach().clone() for p in parameters], [], {}, torch.Generator().manual_seed(0)
+    wrong_cut = cut.clone()
+    wrong_cut[0, 1, 1] = True  # the right written answer of the first question
+    drawn, given, generator, students_loss = [], {}, torch.Generator().manual_seed(0), tars.grpo_loss
 
     def rollout(*args, **kwargs):
         given["rollout"] = inspect.signature(SpeechLM.rollout).bind(lm, *args, **kwargs).arguments
@@ -4055,24 +3222,25 @@ def test_exercise_10_train_step(questions, monkeypatch):
         drawn.append(pick_references(*args, **kwargs))
         return drawn[-1]
 
-    def step(with_kl=False, lr=0.0, **settings):
-        """train_step's numbers, its group, and the gradient of each update; with rate 0 the weights stay as they are."""
+    def loss(*args, **kwargs):
+        given["loss"] = inspect.signature(grpo_loss).bind(*args, **kwargs).arguments
+        return students_loss(*args, **kwargs)
+
+    def step(**settings):
+        """train_step's numbers, its group, and the gradient of each update; the rate is 0, so the weights stay as they are."""
         drawn.clear()
-        for p, x in zip(parameters, begin):
-            p.grad = None
-            p.data.copy_(x)
-        optimizer = Recorder(parameters, lr)
+        optimizer = Recorder(parameters, 0.0)
         cfg = Config(**{"group_size": 4, "max_new_tokens": 40, "max_grad_norm": 1e9} | settings)
-        result = tars.train_step(lm, questions, NGramEmbedder(), tars.extract_answers, optimizer, cfg, generator, with_kl)
+        result = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, generator)
         teach(isinstance(result, tuple) and len(result) == 2, "train_step returns two things: the numbers to log, and first_group(...)")
         metrics, group = result
         names = {f"{name}_{m}" for name in ("acc", "fmt", "reward", "length") for m in tars.MODALITIES} | {"rep_speech", "beh_speech"}
-        names |= {"loss", "grad_norm", "skipped", "padding", *(["kl"] if with_kl else [])}
+        names |= {"loss", "grad_norm", "skipped"}
         teach(names <= metrics.keys(), f"the numbers to log lack {', '.join(sorted(names - metrics.keys()))}")
         return metrics, group, [torch.cat([g.flatten() for g in gradient]) for gradient in optimizer.gradients]
 
-    def wanted(cut=cut, old=None, **settings):
-        gradient, terms = straightforward_step(lm, questions, answers, cut, drawn[0], Config(**settings), parameters, old)
+    def wanted(cut=cut, **settings):
+        gradient, terms = straightforward_step(lm, questions, answers, cut, drawn[0], Config(**settings), parameters)
         return torch.cat([g.flatten() for g in gradient]), terms
 
     def compare(condition="", **settings):
@@ -4106,6 +3274,8 @@ def test_exercise_10_train_step(questions, monkeypatch):
             explain_difference([metrics[f"{name}_{m}"] for m in logged], terms[name].mean((0, 2))[: len(logged)], {},
                                f"stage {stage}{condition}: mean of {name} over all questions, [speech, text],")
         teach(len(gradients) == 1, f"there is one update of the optimizer a roll-out, after all micro-batches: yours has {len(gradients)}")
+        teach((given["loss"].get("eps_low", 0.2), given["loss"].get("eps_high", 0.28)) == (cfg.eps_low, cfg.eps_high),
+              "stage 7: eps_low and eps_high are settings, and the loss takes them in this order")
         teach(gradients[0].any(), "the gradient is 0: call backward(), and detach the old log-probs: else the ratio's own gradient cancels")
         explain_difference(gradients[0], gradient, {
             "a cut answer must not be learnt from: its tokens weigh 0": lambda: wanted(cut=torch.zeros_like(cut), **settings)[0],
@@ -4116,31 +3286,22 @@ def test_exercise_10_train_step(questions, monkeypatch):
 
     monkeypatch.setattr(lm, "rollout", rollout)
     monkeypatch.setattr(tars, "pick_references", pick)
-    metrics, gradient, old = compare()
+    monkeypatch.setattr(tars, "grpo_loss", loss)
+    metrics, gradient, _ = compare()
+    before = [p.grad is not None and p.grad.any() for p in parameters]
+    teach(not any(before), "optimizer.zero_grad() after the update, or the next step's gradient has this one's in it")
+    cut_before, cut = cut, wrong_cut
+    step()
+    explain_difference(drawn[0][0], [-1, -1], {}, "stage 3: a cut answer is never a reference, even if it is correct: the drawn index")
+    cut = cut_before
     in_parts, _, gradients = step(tokens_per_micro_batch=1)
     teach(len(gradients) == 1, f"there is one update of the optimizer a roll-out, after all micro-batches: yours has {len(gradients)}")
     explain_difference([in_parts[f"{name}_speech"] for name in ("rep", "beh", "reward")], [metrics[f"{name}_speech"] for name in ("rep", "beh", "reward")], {},
                        "with a question a micro-batch the rewards [R_rep, R_beh, R] change")
     explain_difference(gradients[0], gradient, {}, "the loss is divided by the tokens of the whole step, and yours by those of each micro-batch, or their gradients do not add up: the gradient")
     explain_difference(in_parts["loss"], metrics["loss"], {}, "the loss to log is the sum over the micro-batches: with one question in each it")
-    compare(" with other settings than the paper's", alpha=0.7, beta=1.9, lam=0.3, layers="2-3", joint_norm=True, temperature=0.7)
-    *_, gradients = step(updates_per_rollout=2)
-    teach(len(gradients) == 2, f"with updates_per_rollout 2 there are two updates of the optimizer: yours has {len(gradients)}")
-    explain_difference(gradients[0], gradient, {}, "with two updates the first is as it is with one: the gradient")
-    teach(not same(gradients[1], 2 * gradient), "the second update's gradient has the first's in it: optimizer.zero_grad() after each update")
-    explain_difference(gradients[1], gradient, {}, "the gradient of the second update, where the first changed nothing")
-    lr, eps = 0.05 / gradient.abs().max().item(), {"eps_low": 0.02, "eps_high": 0.05}
-    *_, gradients = step(lr=lr, updates_per_rollout=2, **eps)
-    with torch.no_grad():
-        for p, x, g in zip(parameters, begin, gradient.split([p.numel() for p in parameters])):
-            p.copy_(x - lr * g.view_as(p))  # the weights after the first update
-    gradient, now = wanted(old=old, **eps)
-    explain_difference(gradients[1], gradient, {
-        "the old log-probs are those of the first forward, before any update: you renew them": lambda: wanted(old={**old, "logps": now["logps"]}, **eps)[0],
-        "rewards and advantages are those of the roll-out: you compute them anew at each update": lambda: wanted(old={**now, "logps": old["logps"]}, **eps)[0],
-        "eps_low and eps_high are settings: yours are always 0.2 and 0.28": lambda: wanted(old=old)[0],
-        "eps_low and eps_high: you have them the other way round": lambda: wanted(old=old, eps_low=0.05, eps_high=0.02)[0]}, "the gradient of the second update")
-    metrics, *_, (clipped,) = step(with_kl=True, max_grad_norm=1e-3)
+    compare(" with other settings than the paper's", eps_low=0.1, eps_high=0.3, alpha=0.7, beta=1.9, lam=0.3, layers="2-3", joint_norm=True, temperature=0.7)
+    metrics, *_, (clipped,) = step(max_grad_norm=1e-3)
     teach(same(clipped.norm() * 1e3, 1.0), "stage 8 clips the gradient's norm to max_grad_norm before the update")
     for what, loss in (("loss", lambda logps: logps.sum() * math.nan), ("gradient's norm", lambda logps: (logps.sum() * 0).sqrt())):
         monkeypatch.setattr(tars, "grpo_loss", lambda *args, loss=loss, **kwargs: loss(args[0] if args else kwargs["per_token_logps"]))
@@ -4175,7 +3336,7 @@ def offline_answers(lm, questions, cfg, generator):
         for first in range(0, len(missing), cfg.questions_per_step):
             batch = missing[first : first + cfg.questions_per_step]
             asked = [questions[i] for i in batch]
-            ids, mask, _ = lm.rollout(lm.embed(asked), 4, cfg.max_new_tokens, cfg.temperature, generator)  # [b, M, 4, C]
+            ids, mask, _ = lm.rollout(lm.embed_prompts(asked), 4, cfg.max_new_tokens, cfg.temperature, generator)  # [b, M, 4, C]
             acc = judge(asked, lm.detokenize(ids, mask), tars.extract_answers)[1].view(mask.shape[:3])  # [b, M, 4]
             for b, i in enumerate(batch):
                 for k, (modality, right) in enumerate(((1, 1), (0, 0))):
@@ -4195,11 +3356,11 @@ def offline_loss(method, lm, questions, pairs, beta=0.1):
     for b, pair in enumerate(pairs):
         for k, answer in enumerate(pair):
             ids[b, 0, k, : len(answer)], mask[b, 0, k, : len(answer)] = answer, 1
-    logps, _ = lm.forward(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
+    logps, _ = lm.score(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
     if method == "sft":
         return sft_loss(logps[:, 0, 0], mask[:, 0, 0])
-    with torch.no_grad(), without_lora():
-        base, _ = lm.forward(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
+    with torch.no_grad(), without_lora(lm):
+        base, _ = lm.score(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
     return dpo_loss(*(x.sum(-1)[:, 0, k] for x in (logps, base) for k in (0, 1)), beta)
 
 
@@ -4280,7 +3441,7 @@ def test_exercise_12_dpo(questions):
                                 for q, (good, bad) in zip(questions, pairs)])
 
         margin = margins()
-        with without_lora():
+        with without_lora(lm):
             margin = margin - margins()
         return sum(math.log(1 + math.exp(-beta * m)) for m in margin.tolist()) / 2
 
@@ -4310,8 +3471,9 @@ def test_baselines_on_the_demo(demo_of_a_seed, method, lr):
     cfg = dataclasses.replace(demo_of_a_seed, lr=lr)
     lm, train, test = SpeechLM.from_pretrained(cfg.model), load_questions(cfg.data), load_questions(cfg.eval_data)
     before = tars.evaluate(lm, test, tars.extract_answers, cfg)
-    optimizer, generator = tars.make_trainable(lm, cfg)
+    optimizer = tars.make_trainable(lm, cfg)
     steps = [[train[i] for i in batch] for batch in itertools.islice(tars.data_order(len(train), cfg.questions_per_step, cfg.seed), cfg.steps)]
+    generator = torch.Generator(lm.device).manual_seed(cfg.seed)
     answers = iter(offline_answers(lm, [question for batch in steps for question in batch], cfg, generator))
     left_out, losses = 0, []
     for step, batch in enumerate(steps):
@@ -4355,9 +3517,9 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask", "yours does"),
     ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask * truncated[..., None]", "you keep those"),
     ("03", "token_weights", "sum_over_ranks(learnt.sum())", "sum_over_ranks(completion_mask.sum())", "not counted either"),
-    ("03", "token_weights", "sum_over_ranks(learnt.sum())", "learnt.numel()", "padding is counted"),
-    ("03", "token_weights", "return learnt / max(n_tokens, 1)", "return learnt / learnt.sum(-1, keepdim=True).clamp(min=1) / len(learnt)", "GRPO's mean of means"),
-    ("03", "token_weights", "max(n_tokens, 1)", "n_tokens", "not NaN"),
+    ("03", "token_weights", "sum_over_ranks(learnt.sum())", "torch.tensor(learnt.numel())", "padding is counted"),
+    ("03", "token_weights", "sum_over_ranks(learnt.sum()).clamp(min=1)", "learnt.sum(-1, keepdim=True).clamp(min=1) / len(learnt)", "GRPO's mean of means"),
+    ("03", "token_weights", ".clamp(min=1)", "", "not NaN"),
     ("03", "grpo_loss", "torch.exp(per_token_logps - old_per_token_logps)", "per_token_logps - old_per_token_logps", "without exp"),
     ("03", "grpo_loss", "torch.exp(per_token_logps - old_per_token_logps)", "torch.exp(old_per_token_logps - per_token_logps)", "upside down"),
     ("03", "grpo_loss", "-(weights * surrogate).sum()", "(weights * surrogate).sum()", "minus the surrogate"),
@@ -4366,15 +3528,14 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("03", "grpo_loss", "torch.min(rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A)", "rho.clamp(1 - eps_low, 1 + eps_high) * A", "the smaller counts"),
     ("03", "grpo_loss", "1 + eps_high", "1 + eps_low", "eps_low on both sides"),
     ("03", "grpo_loss", "1 - eps_low", "1 - eps_high", "eps_high on both sides"),
-    ("03", "token_weights", "completion_mask if truncated is None else", "completion_mask if truncated is None or n_tokens else", "where n_tokens is given, too"),
-    ("03", "token_weights", "return learnt / max(n_tokens, 1)", "return learnt / completion_mask.sum(-1, keepdim=True).clamp(min=1)", "each answer's own tokens"),
+    ("03", "token_weights", "sum_over_ranks(learnt.sum()).clamp(min=1)", "completion_mask.sum(-1, keepdim=True).clamp(min=1)", "each answer's own tokens"),
     ("03", "grpo_loss", "rho.clamp(1 - eps_low, 1 + eps_high)", "rho.clamp(0.8, 1.28)", "whatever they are"),
     ("03", "grpo_loss", "rho.clamp(1 - eps_low, 1 + eps_high)", "rho.clamp(eps_low, eps_high)", "yours to eps_low and eps_high"),
     ("03", "grpo_loss", "A = advantages[..., None]", "A = advantages[..., None]; rho = rho.clamp(max=3)", "ratio 9, advantage -1"),
     ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(weights * surrogate).sum().detach()", "no gradient reaches the log-probs"),
-    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-surrogate.mean()", "padding is counted in the mean"),
-    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(surrogate * completion_mask).mean()", "counted in the number of tokens"),
-    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-((surrogate * completion_mask).sum(-1) / completion_mask.sum(-1)).mean()", "mean of the answers' means"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-surrogate.mean()", "padding is counted"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(weights * surrogate).mean()", "not its mean"),
+    ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(weights * surrogate).sum() / weights.count_nonzero()", "divided once more"),
     ("03", "grpo_loss", "-(weights * surrogate).sum()", "-(weights * surrogate).detach().sum().requires_grad_()", "no gradient reaches the log-probs"),
     ("04", "pool_hidden_states", "(hidden * mask).sum(-2) / mask.sum(-2).clamp(min=1)", "hidden.mean(-2)", "you count the prompt"),
     ("04", "pool_hidden_states", "mask.sum(-2).clamp(min=1)", "hidden.shape[-2]", "counted in the number of positions"),
@@ -4416,7 +3577,6 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("07", "modality_recovery_rate", "math.nan", "None", "NaN where there is none"),
     ("08", "LoRALinear.forward", "self.linear(x) + delta.to(x.dtype)", "delta.to(x.dtype)", "W x is missing"),
     ("08", "LoRALinear.forward", "self.scale * self.lora_B", "self.lora_B", "yours is not"),
-    ("08", "LoRALinear.forward", "not LoRALinear.enabled", "False", "frozen self"),
     ("08", "LoRALinear.forward", "return self.linear(x) + delta", "return x @ self.linear.weight.T + delta", "has a bias"),
     ("08", "LoRALinear.forward", "self.scale * self.lora_B", "self.scale**2 * self.lora_B", "yours is twice"),
     ("08", "LoRALinear.forward", "delta = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.scale * self.lora_B)",
@@ -4441,16 +3601,16 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("10", "train_step", "cfg.joint_norm)", "True)", "over both together"),
     ("10", "train_step", "base[batch], rep[batch], beh[batch]", "base[batch], 0 * rep[batch], beh[batch]", "R_rep is missing"),
     ("10", "train_step", "base[batch], rep[batch], beh[batch]", "base[batch], rep[batch], 0 * beh[batch]", "R_beh is missing"),
-    ("10", "train_step", "token_weights(completion_mask, truncated=truncated)", "token_weights(completion_mask)", "a cut answer must not"),
-    ("10", "train_step", "cfg.eps_high, w)", "cfg.eps_high, token_weights(mask, truncated=truncated[batch]))", "those of each micro-batch"),
+    ("10", "train_step", "token_weights(completion_mask, truncated)", "token_weights(completion_mask, truncated & False)", "a cut answer must not"),
+    ("10", "train_step", "token_w[batch], cfg", "token_weights(mask, truncated[batch]), cfg", "those of each micro-batch"),
     ("10", "train_step", "part.backward()", "(-part).backward()", "the other sign"),
-    ("10", "train_step", "        optimizer.zero_grad()\n", "", "zero_grad"),
+    ("10", "train_step", "    optimizer.zero_grad()\n", "", "zero_grad"),
     ("10", "train_step", "clip_grad_norm_(parameters, cfg.max_grad_norm)", "clip_grad_norm_(parameters, 1e9)", "clips the gradient"),
     ("10", "train_step", "if finite:", "if True:", "no update where the loss"),
     ("10", "train_step", "optimizer.step()", "pass", "yours has 0"),
-    ("10", "train_step", "acc[:, TEXT] == 1, generator", "acc[:, 0] == 1, generator", "correct written answers"),
-    ("10", "train_step", "acc[:, TEXT] == 1, generator", "base[:, TEXT] > 0, generator", "correct written answers"),
-    ("10", "train_step", "acc[:, TEXT] == 1, generator", "acc[:, TEXT] == 1", "drawn with the generator"),
+    ("10", "train_step", "(acc[:, TEXT] == 1)", "(acc[:, 0] == 1)", "correct written answers"),
+    ("10", "train_step", "(acc[:, TEXT] == 1)", "(base[:, TEXT] > 0)", "correct written answers"),
+    ("10", "train_step", "truncated[:, TEXT], generator", "truncated[:, TEXT]", "drawn with the generator"),
     ("10", "train_step", "cfg.group_size // len(MODALITIES)", "cfg.group_size", "answered G/2 times"),
     ("10", "train_step", "cfg.temperature, generator)", "1.0, generator)", "the roll-out takes"),
     ("10", "train_step", "ids, mask, cfg.temperature, pool", "ids, mask, 1.0, pool", "of the temperature"),
@@ -4459,22 +3619,18 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("10", "train_step", "cfg.alpha, cfg.beta)", "cfg.beta, cfg.alpha)", "the other way round"),
     ("10", "train_step", "cfg.alpha, cfg.beta)", ")", "reward of the first question's"),
     ("10", "train_step", "y_star, layer_w)", "y_star)", "rep of the first question's"),
-    ("10", "train_step", "reference_features(states, references[batch])", "reference_features(states, references[: len(batch)])", "mean of rep over all questions"),
-    ("10", "train_step", "sentences, reference_features(sentences, references)", "sentences, reference_features(sentences, references).roll(1, 0)", "beh of the first question's"),
+    ("10", "train_step", "references[batch])", "references[: len(batch)])", "mean of rep over all questions"),
+    ("10", "train_step", "reference_features(sentences[:, TEXT], references)", "reference_features(sentences[:, TEXT], references).roll(1, 0)", "beh of the first question's"),
     ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(rewards[batch])", "one mean over both modalities"),
     ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(base[batch], cfg.joint_norm)", "whole reward"),
     ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(rewards[batch], cfg.joint_norm) / rewards[batch].std(-1, keepdim=True)", "standard deviation"),
     ("10", "train_step", "modality_advantages(rewards[batch], cfg.joint_norm)", "modality_advantages(rewards[batch] * ~truncated[batch], cfg.joint_norm)", "advantage of the first question's"),
-    ("10", "train_step", "            # 7. Loss of these questions, and its gradient.\n", "            old_logps[batch] = logps.detach()\n", "you renew them"),
-    ("10", "train_step", "cfg.eps_low, cfg.eps_high, w)", "0.2, 0.28, w)", "always 0.2 and 0.28"),
-    ("10", "train_step", "cfg.eps_low, cfg.eps_high, w)", "cfg.eps_high, cfg.eps_low, w)", "the other way round"),
-    ("10", "train_step", "part.backward()", "(part / cfg.updates_per_rollout).backward()", "as it is with one"),
+    ("10", "train_step", "cfg.eps_low, cfg.eps_high)", "0.2, 0.28)", "eps_low and eps_high are settings"),
     ("10", "train_step", "math.isfinite(loss) and math.isfinite(grad_norm)", "math.isfinite(loss)", "gradient's norm is not finite"),
-    ("10", "train_step", "            optimizer.step()\n        optimizer.zero_grad()\n", "            optimizer.step()\n            optimizer.zero_grad()\n", "the update is left out"),
+    ("10", "train_step", "        optimizer.step()\n    optimizer.zero_grad()\n", "        optimizer.step()\n        optimizer.zero_grad()\n", "the update is left out"),
     ("10", "train_step", "loss += part.item()", "loss = part.item()", "the sum over the micro-batches"),
     ("10", "train_step", "first_group(questions[0]", "first_group(questions[-1]", "the first question's group"),
-    ("10", "train_step", "if with_kl:", "if False:", "lack kl"),
-    ("10", "train_step", "return metrics | clock.seconds, group", "return metrics | clock.seconds", "returns two things"),
+    ("10", "train_step", "return metrics, group", "return metrics", "returns two things"),
     ("11", "sft_loss", "-(logps", "(logps", "minus the log-likelihood"),
     ("11", "sft_loss", "-(logps * mask).sum() / mask.sum()", "-logps.mean()", "padding is counted"),
     ("11", "sft_loss", "/ mask.sum()", "/ len(mask)", "by that of answers"),
@@ -4489,7 +3645,7 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("11", "offline_loss", "logps[:, 0, 0], mask[:, 0, 0]", "logps, mask", "the rejected ones too"),
     ("12", "dpo_loss", "chosen - base_chosen - rejected + base_rejected", "rejected - base_rejected - chosen + base_chosen", "yours is the rejected one"),
     ("12", "dpo_loss", "chosen - base_chosen - rejected + base_rejected", "chosen - rejected", "relative to the base model"),
-    ("12", "offline_loss", ", without_lora():", ":", "log 2"),
+    ("12", "offline_loss", ", without_lora(lm):", ":", "log 2"),
     ("12", "offline_loss", "x.sum(-1)", "(x.sum(-1) / mask.sum(-1))", "yours is their mean"),
     ("12", "offline_loss", "for k in (0, 1)), beta)", "for k in (0, 1)))", "beta is an argument"),
     ("12", "offline_loss", "lm.spoken_turns(questions)", "[lm.embed_text(written_question(q)) for q in questions]", "yours under the written one"),
@@ -4524,8 +3680,7 @@ def test_sheet_is_the_project_without_the_method(tmp_path):
                                        and (hole in vars(tars) or "." in hole) == (name == "tars.py"))
         both = [{n.name: ast.get_docstring(n) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)} for text in (whole, sheet)]
         assert both[0] == both[1]
-    said = run(HERE / "test_tars.py", "exercises", tmp_path / "sheet", fails=True)
-    assert said.strip().endswith(f"test_tars.py: {tmp_path / 'sheet'} exists: give a new folder")
+    assert f"{tmp_path / 'sheet'} exists: give a new folder" in run(HERE / "test_tars.py", "exercises", tmp_path / "sheet", fails=True)
     graded = subprocess.run([sys.executable, "-m", "pytest", "-v", "-k", "exercise", "-p", "no:cacheprovider"], cwd=tmp_path / "sheet", capture_output=True, text=True).stdout
     assert len(re.findall(r"^test_tars.py::test_exercise_\d\d\S* FAILED", graded, re.M)) == 12 and "12 failed" in graded
     assert graded.count("still to be written: ") >= 12 and "Traceback" not in graded
@@ -4534,9 +3689,9 @@ def test_sheet_is_the_project_without_the_method(tmp_path):
 def exercises(arguments):
     """python test_tars.py exercises DIR"""
     if len(arguments) != 2 or arguments[0] != "exercises":
-        raise tars.UserError("python test_tars.py exercises DIR")
+        raise SystemExit("python test_tars.py exercises DIR")
     write_sheet(Path(arguments[1]))
 
 
 if __name__ == "__main__":
-    tars.run("test_tars.py", lambda: exercises(sys.argv[1:]))
+    exercises(sys.argv[1:])
