@@ -44,7 +44,7 @@ from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from tars import DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, Qwen25Omni, SpeechLM, append_line, extract_answers, judge
-from tars import load_model, read_clip, write_aside, write_json, written_question
+from tars import load_model, read_clip, write_aside, written_question
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
@@ -413,7 +413,7 @@ def demo(args):
             questions.save_to_disk(aside / part)
         for piece in (model, tokenizer, lm.feature_extractor):
             piece.save_pretrained(aside / "model")
-        write_json(aside / "model" / "tars_config.json", DEMO_SETTINGS)
+        write_aside(aside / "model" / "tars_config.json", DEMO_SETTINGS)
         aside.rename(out)
     print(f"{out}: base model, {len(rows['train'])} training and {len(rows['test'])} test questions")
 

@@ -43,7 +43,7 @@ from transformers.utils import cached_file
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
 from tars import BFLOAT16, DEVICE, FAMILIES, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
 from tars import LoRALinear, embed_ngrams, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line
-from tars import attach_lora, by_length, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
+from tars import attach_lora, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
 from tars import load_extractor, load_questions, make_trainable, modality_advantages, modality_recovery_rate, pad_left
 from tars import parse_config, positions
 from tars import question_batches, read_clip, reference_features, representation_reward, token_weights, train_step
@@ -142,7 +142,7 @@ def cached_records(name, paths, data, questions, each, answer, args, cfg):
              "files": [fingerprint(path) for path in paths]}
     file = Path(args.out) / f"{Path(name).name}-{Path(data).name}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    done, order = resume(file, begun), by_length(questions)
+    done, order = resume(file, begun), np.argsort(questions["seconds"], kind="stable")
     if len(done) < each * len(questions):
         first = len(done) // (each * cfg.eval_batch) * cfg.eval_batch  # whole batches, to form the same ones again
         done = done[: each * first]

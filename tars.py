@@ -7,9 +7,9 @@ question in writing. Its hidden states drift away from those of the written run,
 chain of thought drifts with them. TARS lets the model answer each question G times, half from speech and
 half from text: a group. Every answer earns a task reward. A spoken answer also earns two dense rewards for
 staying close to a *correct* written answer of its group: close in its hidden states, and close in what it
-says. This reference comes from the model itself and improves with it. Advantages are centred within each
-modality, and a GRPO step with DAPO's clipping updates LoRA weights of the LLM. The dense rewards matter
-because they still differ when every spoken answer of a group is wrong.
+says. This reference comes from the model itself and improves with it. Advantages are centred within
+each modality, and a GRPO step with DAPO's clipping updates LoRA weights of the LLM. The dense rewards
+matter because they still differ when every spoken answer of a group is wrong.
 
   spoken prompt  --> G/2 spoken answers  --> R_base + alpha R_rep + beta R_beh --> R - mean of speech --+
                                                       (states)     (text)                             |
@@ -32,8 +32,8 @@ C completion tokens, T tokens, N rows of any kind, L layers, H hidden size, V vo
   loss  token_weights, grpo_loss  clipped surrogate over the tokens of the batch     test_loss_*
   all   train_step                one step of the algorithm, numbered                test_step_*
 
-Where paper and official code differ, the paper is followed; README has the table. Chosen here: LoRA has no
-dropout, pooling includes the end-of-turn, regular expressions extract the answer, no cut answer is a y*.
+Where paper and official code differ, the paper is followed; README has the table. Chosen here: no LoRA
+dropout, pooling with the end-of-turn, regular expressions extract the answer, no cut answer is a y*.
 
   python tars.py                                       # the whole method, offline on a laptop
   python tars.py --model Qwen/Qwen2.5-Omni-7B --data DIR --eval-data DIR
@@ -46,7 +46,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import time
 import wave
 import zlib
@@ -71,6 +70,7 @@ from tqdm import tqdm
 MODALITIES = ("speech", "text")
 SPEECH, TEXT = 0, 1
 LETTERS = "ABCD"
+SAMPLE_RATE = 16_000
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BFLOAT16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # no T4, no V100
@@ -86,28 +86,28 @@ def setting(default, meaning, paper=""):
 @dataclass
 class Config:
     """Every hyper-parameter, and a flag for each. The default is the paper's where a place is given.
-    A model directory may hold a tars_config.json. Its settings replace the defaults, and flags replace both.
+    A model directory's tars_config.json replaces defaults, and flags replace both.
     """
 
     # what to train on
-    model: str = setting("runs/demo/model", "directory or hub name", "the paper: Qwen2.5-Omni-7B, Phi-4-MM")
-    data: str = setting("runs/data/train", "training questions, written by data_prep.py", "paper: 9,953 of MMLU")
+    model: str = setting("runs/demo/model", "directory or hub name", "Qwen2.5-Omni-7B, Phi-4-MM")
+    data: str = setting("runs/data/train", "training questions, by data_prep.py", "9,953 of MMLU")
     eval_data: str = setting("runs/data/test", "held-out questions, likewise", "VoiceBench MMSU, OBQA")
     out: str = setting("runs/tars", "directory for adapter, logs and summary")
-    seed: int = setting(0, "seed of LoRA's weights, data order, sampling and references")
+    seed: int = setting(0, "seed of LoRA, data order, sampling, references")
     # roll-out
     questions_per_step: int = setting(8, "B, questions per optimizer step", "Table 5: 64 completions")
     group_size: int = setting(8, "G, completions per question, half from speech", "Table 5")
-    max_new_tokens: int = setting(1024, "longest completion; a cut one is masked out of the loss", "Table 5")
-    temperature: float = setting(1.0, "sampling temperature, no top-k, no top-p", "Table 5")
+    max_new_tokens: int = setting(1024, "longest completion; cut ones are not learnt", "Table 5")
+    temperature: float = setting(1.0, "sampling temperature, no top-k or top-p", "Table 5")
     # rewards and advantages
     alpha: float = setting(1.0, "weight of R_rep", "Eq. (2)")
-    beta: float = setting(1.0, "weight of R_beh; there is no KL term", "Eq. (2)")
+    beta: float = setting(1.0, "weight of R_beh; no KL term", "Eq. (2)")
     lam: float = setting(0.5, "lambda, weight of R_fmt", "Eq. (3)")
     layers: str = setting("all", "layers in R_rep, `all` or such as 11-20", "Eq. (5), Figure 3")
     embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a model, or `ngrams`", "Eq. (6)")
-    extractor: str = setting("regex", "answer extractor", "the paper: IAAR-Shanghai/xFinder-qwen1505")
-    aux_device: str = setting("", "device of embedder and extractor, such as cpu")
+    extractor: str = setting("regex", "answer extractor", "IAAR-Shanghai/xFinder-qwen1505")
+    aux_device: str = setting("", "device of E and extractor, such as cpu")
     base_text_accuracy: float = setting(0.0, "MRR's denominator in percent; 0: measured", "Eq. (1)")
     joint_norm: bool = setting(False, "one mean over both modalities", "ablation of Eq. (7)")
     # loss and optimizer
@@ -116,7 +116,7 @@ class Config:
     epochs: int = setting(3, "passes over the training questions", "Table 5")
     steps: int = setting(0, "steps in all; 0 is as many as `epochs` takes")
     lr: float = setting(2e-5, "AdamW's peak learning rate", "Table 5")
-    warmup: float = setting(0.01, "share of steps in which the learning rate rises from 0", "Table 5")
+    warmup: float = setting(0.01, "share of steps in which the rate rises", "Table 5")
     weight_decay: float = setting(0.01, "AdamW's weight decay", "Table 5")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", "Table 5")
     lora_rank: int = setting(8, "r of LoRA on every linear layer of the LLM", "Table 5")
@@ -126,27 +126,27 @@ class Config:
     gradient_checkpointing: bool = setting(True, "recompute the layers in backward")
     eval_batch: int = setting(32, "questions per batch in evaluation")
     eval_every: int = setting(0, "evaluate every so many steps; 0 is never between")
-    save_every: float = setting(20.0, "checkpoint after a step if so many seconds have passed")
+    save_every: float = setting(20.0, "checkpoint after so many seconds")
     resume: bool = setting(False, "continue from --out's checkpoint, if there is one")
-    sample_every: int = setting(20, "show and save a group every so many steps; 0 is never")
+    sample_every: int = setting(20, "show a group every so many steps; 0 is never")
 
     def __post_init__(self):
-        """Refuse numbers that would train without an error, and wrongly."""
+        """Refuse numbers that would train on wrongly."""
         for name, value in asdict(self).items():
             if isinstance(value, float | int) and not 0 <= value < math.inf:
                 raise SystemExit(f"--{name} {value}: give a finite number, 0 or more")
         if self.group_size % 2 or self.group_size < 4:
-            raise SystemExit(f"--group_size {self.group_size}: give 4, 6, ...: half is spoken, half written")
+            raise SystemExit(f"--group_size {self.group_size}: give 4, 6, ..., half for each modality")
         if self.questions_per_step % RANKS:
-            raise SystemExit(f"--questions_per_step {self.questions_per_step}: give a multiple of {RANKS} processes")
+            raise SystemExit(f"--questions_per_step {self.questions_per_step}: give a multiple of {RANKS}")
 
 
 # ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ====
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
-    """Eq. (1): speech accuracy as a share of the text backbone's accuracy in writing; two numbers -> percent.
-    The backbone is the text LLM from which the speech LLM was made; in the paper it has 77.70 % for Qwen2.5-Omni, which
-    itself has 76.17 % in writing before training. The second stands in where --base-text-accuracy does not give the
-    first. It is never the trained policy's. If it is 0 the rate is nan.
+    """Eq. (1): speech accuracy as a share of the text backbone's accuracy in writing, in percent.
+    The backbone is the text LLM of which the speech LLM was made: 77.70 % for Qwen2.5-Omni in the paper, which
+    itself reaches 76.17 % in writing. Without --base-text-accuracy the second stands in for the first, the
+    trained policy's accuracy never. nan if it is 0.
     MRR = Acc_speech(model) / Acc_text(backbone) * 100 %
     """
     return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else math.nan
@@ -168,19 +168,17 @@ def base_reward(acc, fmt, lam=0.5):
     return acc + lam * fmt
 
 
-ANSWER_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?The answer is [ABCD][.:,].*</answer>", re.DOTALL)
-
-
 def format_reward(completion):
-    """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.0.
-    X is A, B, C or D; a colon or a comma may stand for the full stop, and white space around thought and answer.
+    """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.
+    X is A, B, C or D; a colon or a comma may stand for the full stop, and white space around both parts.
     """
-    return 1.0 if ANSWER_FORMAT.fullmatch(completion.strip()) else 0.0
+    form = r"(?s)<think>.*?</think>\s*<answer>.*?The answer is [ABCD][.:,].*</answer>"
+    return 1.0 if re.fullmatch(form, completion.strip()) else 0.0
 
 
 def pool_hidden_states(hidden, completion_mask):
     """Eq. (4): one vector for an answer and a layer. hidden [..., T, H], completion_mask [..., T] -> [..., H].
-    The mask is 1 on generated positions, end-of-turn included; the prompt's do not count. Without any the mean is 0.
+    The mask is 1 on generated positions, end-of-turn included. Without any the mean is 0.
     h_bar^(l) = (1 / |y|) sum_{t in y} h_t^(l)
     """
     mask = completion_mask.unsqueeze(-1).to(hidden.dtype)  # [..., T, 1]
@@ -188,17 +186,17 @@ def pool_hidden_states(hidden, completion_mask):
 
 
 def pick_references(text_correct, generator=None):
-    """y*_text of Eq. (5) and (6): for each spoken answer a correct written answer of its group, drawn at random.
-    text_correct: bool [B, G/2] -> index of a written answer, long [B, G/2]; -1 in a group without a correct one.
+    """y*_text of Eq. (5) and (6): for each spoken answer a correct written one of its group, drawn at random.
+    text_correct: bool [B, G/2] -> index of a written answer, long [B, G/2]; -1 where no one is correct.
     """
     none = ~text_correct.any(-1, keepdim=True)  # [B, 1]
-    chances = text_correct.float() + none.float()  # [B, G/2]; where none is correct the draw is overwritten with -1
+    chances = text_correct.float() + none.float()  # [B, G/2]; where none is correct, -1 below
     drawn = torch.multinomial(chances, text_correct.shape[-1], replacement=True, generator=generator)  # [B, G/2]
     return drawn.masked_fill(none, -1)
 
 
 def reference_features(written, references):
-    """States or embeddings of each spoken answer's reference: written [B, G/2, ...], references [B, G/2] -> as written.
+    """Of each spoken answer's reference: features [B, G/2, ...], references [B, G/2] -> [B, G/2, ...].
     Where the reference is -1 they are 0: so is the cosine with them.
     """
     chosen = written[torch.arange(len(written), device=written.device)[:, None], references]  # [B, G/2, ...]
@@ -207,7 +205,7 @@ def reference_features(written, references):
 
 
 def representation_reward(speech, text, weights=None):
-    """Eq. (5): how near the hidden states of a spoken answer are to its reference's. Pooled [..., L, H] twice -> [...].
+    """Eq. (5): how near a spoken answer is to its reference in pooled states. [..., L, H] twice -> [...].
     All L transformer layers count alike; the embedding output does not count.
     `weights` [L], which sum to 1, make the mean a weighted one (layer bands of Figure 3).
     R_rep = (1 / L) sum_l cos(h_bar_speech^(l), h_bar_text^(l))
@@ -217,7 +215,7 @@ def representation_reward(speech, text, weights=None):
 
 
 def behavior_reward(speech, text):
-    """Eq. (6): how near a spoken answer is in meaning to its reference. Sentence embeddings [..., D] twice -> [...].
+    """Eq. (6): how near a spoken answer is to its reference in meaning. [..., D] twice -> [...].
     E embeds the whole completion, thought and answer.
     R_beh = cos(E(y_speech), E(y*_text))
     """
@@ -225,29 +223,29 @@ def behavior_reward(speech, text):
 
 
 def modality_advantages(rewards, joint=False):
-    """Eq. (7): how much better an answer is than its group's answers in the same modality. Both [B, M, G/2].
-    GRPO would take the mean of the whole group and divide by its standard deviation.
-    With one joint mean (`joint`) the modality with the higher mean reward gets positive advantages as a whole: text
-    under R_base, speech once R_rep and R_beh are added.
+    """Eq. (7): how much better an answer is than its group's in the same modality. Both [B, M, G/2].
+    GRPO would take the mean of the whole group and divide by its standard deviation. With one joint mean
+    (`joint`) the modality with the higher mean reward gets positive advantages as a whole: text under R_base,
+    speech once R_rep and R_beh are added.
     A_{i,m} = r_{i,m} - mu_m,  mu_m = mean_j r_{j,m}
     """
     return rewards - rewards.mean((-2, -1) if joint else -1, keepdim=True)
 
 
 def token_weights(completion_mask, truncated):
-    """DAPO's mean over tokens: each token's weight in the loss. completion_mask [..., T], truncated [...] -> [..., T].
+    """DAPO's mean over tokens: each token's weight. completion_mask [..., T], truncated [...] -> [..., T].
     A cut answer (truncated) keeps its reward and counts in the mean of Eq. (7), but not in the loss.
     w_{i,t} = 1 / sum_{j not cut} |y_j|, and 0 where nothing is learnt: padding and cut answers
     """
     learnt = completion_mask * ~truncated[..., None]  # [..., T]
-    return learnt / sum_over_ranks(learnt.sum()).clamp(min=1)  # over the tokens of all processes, if there are several
+    return learnt / sum_over_ranks(learnt.sum()).clamp(min=1)  # of all processes
 
 
 def grpo_loss(per_token_logps, old_per_token_logps, advantages, weights, eps_low=0.2, eps_high=0.28):
-    """GRPO's surrogate with DAPO's clipping: [..., T] twice, [...], [..., T] -> scalar. No KL term, no reference model.
+    """GRPO's surrogate with DAPO's clipping, no KL term: [..., T] twice, [...], [..., T] -> scalar.
     On-policy rho is 1, and the value is about 0 because advantages sum to 0 in a group.
     The gradient is not 0: each token adds A times the gradient of its log-prob.
-    The paper makes one update on each roll-out (Table 5), so rho stays 1; from a second update on the clip would act.
+    The paper makes one update on a roll-out (Table 5), so rho stays 1; from a second on the clip would act.
     loss = - sum_{i,t} w_{i,t} min(rho_{i,t} A_i, clip(rho_{i,t}, 1 - eps_low, 1 + eps_high) A_i),  rho = pi / pi_old
     """
     rho = torch.exp(per_token_logps - old_per_token_logps)  # [..., T]
@@ -258,33 +256,33 @@ def grpo_loss(per_token_logps, old_per_token_logps, advantages, weights, eps_low
 
 # ==== 3. One step of the algorithm ====
 def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
-    """One step of TARS on B questions. Returns the numbers to log, and the first group for a person to read.
+    """One step of TARS on B questions. Returns the numbers to log, and the first group to read.
     Tensors of answers are [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
     """
-    # 1. Embed both prompts of every question. Encoder and projector are frozen, so one pass serves roll-out and update.
+    # 1. Embed both prompts of every question. The encoder is frozen: once serves roll-out and update.
     prompts = lm.embed_prompts(questions)  # B lists of M prompts [P, H]
 
     # 2. Roll out: the model answers every prompt G/2 times.
     rollout = lm.rollout(prompts, cfg.group_size // len(MODALITIES), cfg.max_new_tokens, cfg.temperature, generator)
     completion_ids, completion_mask, truncated = rollout  # [B, M, G/2, C] twice, [B, M, G/2]
     completions = lm.detokenize(completion_ids, completion_mask)  # B * M * G/2 strings
-    token_w = token_weights(completion_mask, truncated)  # [B, M, G/2, C], the normaliser of the whole step
+    token_w = token_weights(completion_mask, truncated)  # [B, M, G/2, C]
 
-    # 3. What needs only the text: R_base, Eq. (3), the references y*, R_beh, Eq. (6). Written answers keep R_beh = 0.
+    # 3. What needs only the text: R_base, Eq. (3); y*, no cut answer; R_beh, Eq. (6), of spoken answers.
     letters, acc, fmt = judge(questions, completions, extract)  # `extract`: the answer extractor
     acc, fmt = (x.to(lm.device).view(truncated.shape) for x in (acc, fmt))  # [B, M, G/2]
     base = base_reward(acc, fmt, cfg.lam)  # [B, M, G/2]
-    references = pick_references((acc[:, TEXT] == 1) & ~truncated[:, TEXT], generator)  # [B, G/2]; no cut answer
+    references = pick_references((acc[:, TEXT] == 1) & ~truncated[:, TEXT], generator)  # [B, G/2]
     rep, beh, rewards, advantages, entropy = (torch.zeros_like(base) for _ in range(5))  # [B, M, G/2]
     if cfg.beta:
         sentences = embedder(completions).to(lm.device).unflatten(0, base.shape)  # [B, M, G/2, D]
         beh[:, SPEECH] = behavior_reward(sentences[:, SPEECH], reference_features(sentences[:, TEXT], references))
 
     loss, layer_w = 0.0, layer_weights(cfg.layers, len(lm.decoder.layers)).to(lm.device)  # [L]
-    for batch in micro_batches(prompts, completion_mask, cfg.tokens_per_micro_batch):  # lists of b whole questions
-        # 4. One forward: log-probs [b, M, G/2, C] with gradient, pooled states [b, M, G/2, L, H] without, Eq. (4).
+    for batch in micro_batches(prompts, completion_mask, cfg.tokens_per_micro_batch):  # b questions
+        # 4. One forward: log-probs [b, M, G/2, C] with gradient; Eq. (4) [b, M, G/2, L, H] without.
         ids, mask = completion_ids[batch], completion_mask[batch]  # [b, M, G/2, C]
-        logps, states = lm.score([prompts[q] for q in batch], ids, mask, cfg.temperature, pool=cfg.alpha != 0)
+        logps, states = lm.score([prompts[q] for q in batch], ids, mask, cfg.temperature)
         # 5. R_rep, Eq. (5), of the spoken answers, and the reward, Eq. (2).
         if cfg.alpha:
             y_star = reference_features(states[:, TEXT], references[batch])  # [b, G/2, L, H]
@@ -292,15 +290,15 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
         rewards[batch] = total_reward(base[batch], rep[batch], beh[batch], cfg.alpha, cfg.beta)
         # 6. Advantages, Eq. (7).
         advantages[batch] = modality_advantages(rewards[batch], cfg.joint_norm)
-        # 7. Loss of these questions, and its gradient. pi_old is the policy that just ran: the ratio is 1.
+        # 7. Loss of these questions, and its gradient. pi_old is the policy itself: the ratio is 1.
         part = grpo_loss(logps, logps.detach(), advantages[batch], token_w[batch], cfg.eps_low, cfg.eps_high)
         part.backward()
         loss += part.item()
-        entropy[batch] = -logps.detach().sum(-1) / mask.sum(-1)  # estimated: the mean of -log pi over sampled tokens
+        entropy[batch] = -logps.detach().sum(-1) / mask.sum(-1)  # mean of -log pi, an estimate
 
     # 8. Update LoRA, unless loss or gradient norm is not finite.
     parameters = optimizer.param_groups[0]["params"]
-    for p in parameters:  # summed over processes, not averaged: the loss is already divided by the tokens of all
+    for p in parameters:  # a sum over processes: the loss is already divided by the tokens of all
         sum_over_ranks(p.grad)
     loss = sum_over_ranks(torch.tensor(loss, dtype=torch.float64, device=lm.device)).item()
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
@@ -318,7 +316,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
 
 def judge(questions, completions, extract):
     """The letters that answers choose (None where none is found), R_acc and R_fmt of Eq. (3).
-    B questions, B * n completions in the questions' order -> B * n letters, float [B, n], float [B, n].
+    B questions, B * n completions in their order -> B * n letters, float [B, n], float [B, n].
     """
     n = len(completions) // len(questions)
     asked = [question for question in questions for _ in range(n)]  # the question of each completion
@@ -339,9 +337,8 @@ def layer_weights(layers, L):
 
 
 def micro_batches(prompts, completion_mask, budget):
-    """Group a step's questions into forward passes of at most `budget` tokens, padding included.
+    """Questions in forward passes of at most `budget` tokens with padding; similar lengths share one.
     prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C] -> lists of question indices.
-    A question is one row; one longer than the budget goes alone. Sorted by length: similar lengths share a pass.
     """
     tokens = [sum(map(len, question)) + n for question, n in zip(prompts, completion_mask.sum((1, 2, 3)).tolist())]
     batches = []
@@ -357,18 +354,17 @@ SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
     "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
     "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
-    "<think>[THINKING PROCESS]</think><answer>The answer is [CHOICE].</answer>"
-)
+    "<think>[THINKING PROCESS]</think><answer>The answer is [CHOICE].</answer>")
 
 
 def written_question(question):
-    """The user turn of a written question. That of a spoken question is the clip alone."""
+    """The user turn of a written question. That of a spoken one is the clip alone."""
     options = "\n".join(f"Option {letter}: {option}" for letter, option in zip(LETTERS, question["options"]))
     return f"{question['question']}\n\n{options}"
 
 
 class SpeechLM:
-    """A speech LLM that embeds prompts, samples answers and scores them, in the same way for every model family."""
+    """A speech LLM that embeds prompts, samples answers and scores them, whatever its family."""
 
     def __init__(self, family, model, tokenizer, feature_extractor):
         self.family, self.tokenizer, self.feature_extractor = family, tokenizer, feature_extractor
@@ -384,14 +380,14 @@ class SpeechLM:
         """A model directory or hub name -> SpeechLM."""
         family = family_of(path)
         options = {"revision": family.revision} if path == family.repository else {}
-        # AutoTokenizer would build the class that tokenizer_config.json names and ignore half of tokenizer.json.
+        # AutoTokenizer may build another class, and ignore half of tokenizer.json.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path, **options)
         feature_extractor = family.feature_extractor_class.from_pretrained(path, **options)
         return cls(family, family.load(path, **options), tokenizer, feature_extractor)
 
     @torch.no_grad()
     def embed_prompts(self, questions):
-        """The prompts of B questions, spoken and written: B lists of M prompts [P, H], each of its own length."""
+        """The prompts of B questions, spoken and written: B lists of M prompts [P, H] of any lengths."""
         return [[self.prompt(spoken), self.prompt(self.embed_text(written_question(question)))]
                 for question, spoken in zip(questions, self.spoken_turns(questions))]
 
@@ -401,36 +397,35 @@ class SpeechLM:
                           self.embed_text(self.family.after_user, special=True)])
 
     def spoken_turns(self, questions):
-        """The user turns of spoken questions, clips alone: list of [tokens, H]. Encoder and projector run only here."""
-        clips = [read_clip(question["audio"]["bytes"], question["key"]) for question in questions]  # B of [samples]
+        """User turns of spoken questions: B of [tokens, H]. Encoder and projector run here alone."""
+        clips = [read_clip(q["audio"]["bytes"], q["key"]) for q in questions]  # B of [samples]
         features = [self.family.features(self.feature_extractor, clip) for clip in clips]
         before = self.embed_text(self.family.before_audio, special=True)  # [tokens, H]
         after = self.embed_text(self.family.after_audio, special=True)  # [tokens, H]
         return [torch.cat([before, clip, after]) for clip in self.family.encode(self.model, features)]
 
     def embed_text(self, text, special=False):
-        """Text -> [tokens, H]. Control tokens are parsed only with `special`; in a question they are ordinary text."""
+        """Text -> [tokens, H]. Control tokens are parsed with `special`, and else plain text."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
         return self.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
 
     def logits(self, hidden, temperature):
-        """Last hidden states [N, H] -> logits [N, V], divided by temperature: the distribution of the roll-out."""
+        """Last hidden states [N, H] -> logits [N, V] over temperature: the roll-out's distribution."""
         logits = self.model.lm_head(hidden).float()
         logits[:, self.placeholder_ids] = -torch.inf  # a sampled <|AUDIO|> would stand for a clip
         return logits / (temperature or 1.0)  # temperature 0 is greedy: the argmax needs no scaling
 
     def run_decoder(self, embeds, mask, position_ids, **options):
-        """The LLM on embeddings [N, T, H]; mask: of padding [N, T], or [N, 1, queries, keys] with all cached keys."""
+        """The LLM on embeddings [N, T, H]; mask: of padding [N, T], or [N, 1, queries, keys]."""
         return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids,
                             use_cache="past_key_values" in options, **options)
 
     @torch.no_grad()
     def rollout(self, prompts, samples, max_new_tokens, temperature, generator=None):
-        """Sample completions of each prompt, greedily if `temperature` is 0. prompts: B lists of M prompts [P, H].
-        Returns completion_ids and completion_mask [B, M, samples, C] and truncated [B, M, samples]. The mask runs
-        through the first end-of-turn, inclusive, so that ending a turn is learnt too. All samples of a prompt share one
-        row, and its cache: each step adds one token per sample. The row is removed once every sample has ended.
-        LoRA is not merged into W for it: in bfloat16 that is another policy (docs/speed.md).
+        """Sample completions, greedily if `temperature` is 0. prompts: B lists of M prompts [P, H].
+        Returns completion_ids and completion_mask [B, M, samples, C] and truncated [B, M, samples]. The mask
+        includes the first end-of-turn, so that ending a turn is learnt too. The samples of a prompt share a row
+        and its cache: each step adds a token of each. A row leaves when all its samples have ended.
         """
         embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [N, P, H], [N, P]
         cache = transformers.DynamicCache()
@@ -440,7 +435,7 @@ class SpeechLM:
         mask = torch.zeros_like(ids)  # [N, samples, C]
         finished = torch.zeros_like(ids[..., 0], dtype=torch.bool)  # [N, samples]
         row = torch.arange(len(embeds), device=self.device)  # [n], the rows still in the batch
-        sees = prompt_mask.bool()[:, None].expand(-1, samples, -1)  # [n, samples, P and the tokens since]
+        sees = prompt_mask.bool()[:, None].expand(-1, samples, -1)  # [n, samples, keys]
         itself = torch.eye(samples, dtype=torch.bool, device=self.device)  # no sample sees a sibling
         for t in range(max_new_tokens):
             logits = self.logits(hidden.flatten(0, 1), temperature)  # [n * samples, V]
@@ -454,16 +449,16 @@ class SpeechLM:
             if not unfinished.all():
                 row, sees = row[unfinished], sees[unfinished]
                 cache.batch_select_indices(unfinished)
-            sees = torch.cat([sees, itself.expand(len(row), -1, -1)], dim=-1)  # [n, samples, P + (t + 1) * samples]
+            sees = torch.cat([sees, itself.expand(len(row), -1, -1)], dim=-1)  # [n, samples, keys]
             position_ids = (prompt_mask[row].sum(-1, keepdim=True) + t).expand(-1, samples)  # [n, samples]
             embeds = self.embed_tokens(ids[row, :, t])  # [n, samples, H]
             hidden = self.run_decoder(embeds, sees[:, None], position_ids, past_key_values=cache).last_hidden_state
         return [x.unflatten(0, (len(prompts), -1)) for x in (ids[..., : t + 1], mask[..., : t + 1], ~finished)]
 
-    def score(self, prompts, completion_ids, completion_mask, temperature, pool=True):
-        """Log-probs and pooled hidden states of given completions in one pass; a question is one row, see paired_rows.
-        prompts: b lists of M prompts [P, H], completion_ids and completion_mask [b, M, G/2, C] -> per_token_logps
-        [b, M, G/2, C] with gradient, and Eq. (4) of every layer [b, M, G/2, L, H], detached (None without `pool`).
+    def score(self, prompts, completion_ids, completion_mask, temperature):
+        """Log-probs and pooled states of completions in one pass. A question is one row: paired_rows.
+        prompts: b lists of M prompts [P, H], completion_ids and completion_mask [b, M, G/2, C] ->
+        per_token_logps [b, M, G/2, C] with gradient, and Eq. (4) [b, M, G/2, L, H] without.
         """
         is_token = completion_mask.bool()  # [b, M, G/2, C]
         lengths = [[len(prompt) for prompt in question] for question in prompts]  # [b, M]
@@ -472,17 +467,15 @@ class SpeechLM:
         rows = [torch.cat([part for m, prompt in enumerate(question)  # a prompt, its answers, the next prompt, ...
                            for part in (prompt, answers[q, m][is_token[q, m]])]) for q, question in enumerate(prompts)]
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [b, T, H], padded on the right
-        output = self.run_decoder(embeds, attention_mask, position_ids, output_hidden_states=pool)
+        output = self.run_decoder(embeds, attention_mask, position_ids, output_hidden_states=True)
         is_answer = predictor >= 0  # [b, T]
-        # The state before each token of an answer predicts it.
-        predicts = output.last_hidden_state[is_answer.nonzero()[:, 0], predictor[is_answer]]  # [n, H], n answer tokens
-        # Logits of 1,024 tokens at a time, recomputed in backward: those of all tokens are never in memory together.
+        # The state before a token predicts it.
+        predicts = output.last_hidden_state[is_answer.nonzero()[:, 0], predictor[is_answer]]  # [n, H], n tokens
+        # Logits of 1,024 tokens at a time, and again in backward: never all together in memory.
         logps = [recompute(self._token_logps, h, tokens, temperature, use_reentrant=False)
                  for h, tokens in zip(predicts.split(1024), completion_ids[is_token].split(1024))]
         per_token_logps = predicts.new_zeros(is_token.shape, dtype=torch.float32)  # [b, M, G/2, C], 0 at padding
         per_token_logps[is_token] = torch.cat(logps)
-        if not pool:
-            return per_token_logps, None
 
         def pooled(layer):  # [b, T, H] -> Eq. (4), [b, M, G/2, H]
             states = layer.new_zeros(*is_token.shape, layer.shape[-1])  # [b, M, G/2, C, H]
@@ -495,13 +488,8 @@ class SpeechLM:
     def _token_logps(self, hidden, ids, temperature):
         return self.logits(hidden, temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # [N]
 
-    def recompute_layers(self):
-        """Gradient checkpointing: keep only each layer's input, and run the layer once more in backward."""
-        for layer in self.decoder.layers:
-            layer.forward = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
     def detokenize(self, completion_ids, completion_mask):
-        """Completions [..., C] -> list of strings in row order, without the end of turn."""
+        """Completions [..., C] -> strings in row order, without the end of turn."""
         rows = zip(completion_ids.flatten(0, -2).tolist(), completion_mask.flatten(0, -2).sum(-1).tolist())
         return self.tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
@@ -513,7 +501,7 @@ def pad_left(rows):
 
 
 def positions(mask):
-    """Mask [N, P] -> position ids [N, P]: a row padded on the left starts at 0 like any other."""
+    """Mask [N, P] -> position ids [N, P]: after padding on the left a row starts at 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -536,21 +524,21 @@ def paired_rows(prompt_lengths, is_token):
     b, M, samples, _ = is_token.shape
     sizes = torch.cat([prompt_lengths[..., None], is_token.sum(-1)], dim=-1).flatten(1)  # [b, K]: K = M * (1 + G/2)
     ends = sizes.cumsum(-1)  # [b, K]
-    starts = F.pad(ends, (1, 1))  # [b, K + 2]: where each part begins; part K is the padding, the last 0 is never used
+    starts = F.pad(ends, (1, 1))  # [b, K + 2], where each part begins; part K is the padding
     index = torch.arange(ends.max(), device=is_token.device).repeat(b, 1)  # [b, T]
     part = torch.searchsorted(ends, index, right=True)  # [b, T]
-    prompt = part // (1 + samples) * (1 + samples)  # [b, T], the prompt that a token's part belongs to, or is
+    prompt = part // (1 + samples) * (1 + samples)  # [b, T], the prompt of a token's part
     begin, first, answers = (starts.gather(1, x) for x in (part, prompt, prompt + 1))  # [b, T]
     is_answer = part != prompt  # [b, T]
     position_ids = index - begin + is_answer * (answers - first)  # [b, T]
-    predictor = torch.where(index == begin, answers, index) - 1  # [b, T]; a first token follows the prompt's last
+    predictor = torch.where(index == begin, answers, index) - 1  # [b, T]; the prompt's last for a first token
     own = (part[:, :, None] == part[:, None]) | (prompt[:, :, None] == part[:, None])  # [b, T, T]
     return own.tril()[:, None], position_ids, predictor.masked_fill(~is_answer, -1)
 
 
 # ==== 5. LoRA, on every linear layer of the LLM and nowhere else ====
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at zero: at first y = W x."""
+    """y = W x + (alpha / r) B A x. W is frozen, A [r, in] starts random, B [out, r] at 0: at first y = W x."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -567,7 +555,7 @@ class LoRALinear(nn.Module):
 
 def attach_lora(lm, rank, alpha):
     """Wrap every linear layer of the LLM. Returns the trainable parameters.
-    Only under `layers`: Phi's decoder also holds the audio encoder, and Qwen's audio encoder has a q_proj too.
+    Only under `layers`: Phi's decoder also holds the audio encoder, and Qwen's has a q_proj too.
     """
     for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
@@ -575,7 +563,7 @@ def attach_lora(lm, rank, alpha):
                 setattr(parent, name, LoRALinear(child, rank, alpha))
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     if not trained:
-        raise SystemExit("LoRA finds no nn.Linear in the LLM's layers: a quantised model has layers of another class")
+        raise SystemExit("the LLM has no nn.Linear for LoRA: is it quantised?")
     return trained
 
 
@@ -587,10 +575,10 @@ ANNOUNCED = (
 POINTED = (
     r"(?i)\b(?:choose|pick|select|say|go with|(?:points|corresponds) to|matches|it's|it is|(?:must|has to) be)\b"
     r"|\b(?=[A-D]\b[^,;.\n]{,40}? is (?:the )?(?:only |most )?(?:correct|right|best|answer)\b)")
-# Before a statement: is skipped; denies, doubts or only reports it. Takes back what was said.
+# Before a statement: is skipped; denies, doubts or reports it. Takes back what was said.
 FILLED = (
-    r"(?i)(?:[\s:(\[]|\b(?:so|thus|therefore|hence|no(?=,)|indeed|only|most|likely|probably|that|option|choice"
-    r"|answer)\b,?)*")
+    r"(?i)(?:[\s:(\[]|\b(?:so|thus|therefore|hence|no(?=,)|indeed|only|most|likely|probably|that"
+    r"|option|choice|answer)\b,?)*")
 HEDGED = (
     r"(?i)\b(?:if|whether|doubt|disagree|says|believes|claims|people|students|might|may|could|perhaps|either"
     r"|unlikely|hardly|least|not|never|cannot|neither|nobody|incorrect|wrong|except)\b|n't\b")
@@ -605,7 +593,7 @@ LETTER = rf"([A-Z]|a(?=[).])|[b-d](?=[).,:;]|\W*$))(?![\w'+#/&°*-]|\.\w|\W*(?:o
 
 
 def option_at(text, options, ends=ENDS):
-    """The letter of the option whose words a text begins with, of several the longest; "" if none or two do."""
+    """The letter of the option whose words a text begins with: the longest; "" if none or two do."""
     words = ["(?:an? |the )?" + r"\s*".join(map(re.escape, "".join(option.split()))) for option in options]
     for case in ("", "(?i)"):
         matches = [re.match(case + word + ends, text) for word in words]
@@ -616,10 +604,10 @@ def option_at(text, options, ends=ENDS):
 
 
 def extract_answer(completion, options):
-    """The letter of the option that an output plainly chooses in its last statement, else None: never a guess.
-    A statement is a letter or an option's words after "the answer is" or the like, "B is correct", or a line
-    that is a letter, alone or with its option's words. A list of options states nothing, nor does what is
-    denied, doubted, asked or taken back, two letters, or a letter beside another option's words.
+    """The letter of the option that an output plainly chooses in its last statement, else None: no guess.
+    A statement: a letter or an option's words after "the answer is" or the like, "B is correct", or a line
+    that is a letter, alone or with its option's words. None: a list of options; what is denied, doubted,
+    asked or taken back; two letters; a letter beside another option's words.
     """
     text = re.split("(?i)</think>", completion)[-1]
     if "<think>" in text.lower():
@@ -656,18 +644,17 @@ def extract_answer(completion, options):
 
 
 def extract_answers(questions, completions):
-    """The default extractor, a few regular expressions: letters, None where there is none."""
+    """The default extractor, regular expressions: letters, None where there is none."""
     return [extract_answer(completion, question["options"]) for question, completion in zip(questions, completions)]
 
 
 class XFinder:
-    """The paper's answer extractor, xFinder-qwen1505: a small LLM that says which option an output chooses."""
+    """The paper's answer extractor, xFinder-qwen1505: a small LLM that names the option."""
 
     prompt = (
         "<|System|>:You are a help assistant tasked with extracting the precise key answer from given output sentences."
         '\n<|User|>:Question: """{question}"""\n\nOutput sentences: """{output}"""\n\nAnswer range: {options}\n\n'
-        "Key extracted answer: \n<|Bot|>:"
-    )
+        "Key extracted answer: \n<|Bot|>:")
 
     def __init__(self, name, device):
         self.model = load_model(transformers.Qwen2ForCausalLM, name, device)
@@ -682,11 +669,11 @@ class XFinder:
         inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs.input_ids.shape[1] :]
         said = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return extract_answers(questions, said)  # it says a letter or repeats an option
+        return extract_answers(questions, said)
 
 
 def embed_ngrams(texts):
-    """An offline stand-in for E: counts of hashed words and word pairs. Strings -> unit vectors [N, 512]."""
+    """An offline stand-in for E: counts of hashed words and pairs. Strings -> unit vectors [N, 512]."""
     vectors = []
     for text in texts:
         words = re.findall(r"\w+|[^\w\s]", text.lower())
@@ -697,7 +684,7 @@ def embed_ngrams(texts):
 
 
 class SentenceEmbedder:
-    """E of the paper, Qwen3-Embedding: the last token's state, left padding, documents take no instruction."""
+    """E of the paper, Qwen3-Embedding: the last token's state. Documents take no instruction."""
 
     def __init__(self, name, device):
         self.model = load_model(transformers.Qwen3Model, name, device)
@@ -717,7 +704,7 @@ def load_embedder(cfg):
 
 
 def load_extractor(cfg):
-    """The answer extractor, by cfg.extractor: questions and completions -> letters, None where there is none."""
+    """The answer extractor, by cfg.extractor: questions and completions -> letters or None."""
     return extract_answers if cfg.extractor == "regex" else XFinder(cfg.extractor, cfg.aux_device or DEVICE)
 
 
@@ -731,7 +718,7 @@ def question_batches(questions, size, desc):
 
 
 def answer_greedily(lm, questions, extract, cfg):
-    """Yield records, one a question and modality; an answer without one letter is None and wrong."""
+    """Yield records, one a question and modality; an answer of None is wrong."""
     for batch in question_batches(questions, cfg.eval_batch, "evaluate"):
         ids, mask, _ = lm.rollout(lm.embed_prompts(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, M, 1, C]
         completions = lm.detokenize(ids, mask)  # b * M strings
@@ -742,21 +729,22 @@ def answer_greedily(lm, questions, extract, cfg):
 
 
 def evaluate(lm, questions, extract, cfg):
-    """Accuracy of greedy answers to every question, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
-    mine = questions.select(by_length(questions)[RANK::RANKS])
-    records = list(answer_greedily(lm, mine, extract, cfg))
-    right = torch.tensor([sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES], device=lm.device)
-    return {m: count / len(questions) for m, count in zip(MODALITIES, sum_over_ranks(right).tolist())}
+    """Accuracy of greedy answers, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
+    order = np.argsort(questions["seconds"], kind="stable")  # similar lengths share a batch
+    records = list(answer_greedily(lm, questions.select(order[RANK::RANKS]), extract, cfg))
+    right = [sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES]
+    right = sum_over_ranks(torch.tensor(right, device=lm.device)).tolist()
+    return {m: count / len(questions) for m, count in zip(MODALITIES, right)}
 
 
 def learning_rate(step, steps, cfg):
-    """Linear warm-up over the first `warmup` share of steps, then linear decay to zero. Steps count from 0."""
+    """Linear warm-up over a share of the steps, then linear decay to zero. Steps count from 0."""
     warmup = max(1, round(cfg.warmup * steps))
     return cfg.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
 
 
 def data_order(count, size, seed):
-    """Yield the question indices of each step, `size` of `count`. Each epoch is a new seeded permutation."""
+    """Yield the question indices of each step, `size` of `count`; an epoch is a seeded permutation."""
     generator, order = torch.Generator().manual_seed(seed), []
     while True:
         while len(order) < size:
@@ -766,22 +754,21 @@ def data_order(count, size, seed):
 
 
 def make_trainable(lm, cfg):
-    """Attach LoRA to a base model, and say what is trained, on which device, in which dtype. Returns the optimizer."""
+    """Attach LoRA and say what is trained, where and how. Returns the optimizer."""
     torch.manual_seed(cfg.seed)
     trained = attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
-    if cfg.gradient_checkpointing:
-        lm.recompute_layers()
-    layers, sizes = layer_weights(cfg.layers, len(lm.decoder.layers)), [p.numel() for p in lm.model.parameters()]
-    print(DEVICE, *([torch.cuda.get_device_name()] if DEVICE == "cuda" else []), str(lm.model.dtype)[6:], sep=", ")
-    print(f"{sum(sizes):,} parameters; trained are {sum(p.numel() for p in trained):,} in float32, LoRA on "
+    for layer in lm.decoder.layers if cfg.gradient_checkpointing else ():  # backward runs it once more
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    device = f"cuda, {torch.cuda.get_device_name()}" if DEVICE == "cuda" else "cpu"
+    size, new = (sum(p.numel() for p in some) for some in (lm.model.parameters(), trained))
+    layers = layer_weights(cfg.layers, len(lm.decoder.layers))  # [L]
+    print(f"{device}, {str(lm.model.dtype)[6:]}\n{size:,} parameters; trained are {new:,} in float32, LoRA on "
           f"{len(trained) // 2} linear layers; R_rep compares {layers.count_nonzero()} of {len(layers)} layers")
     return torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 
 def train(lm, questions, eval_questions, embedder, extract, optimizer, state, cfg):
-    """Train on from where `state` is (open_run) to the last step, and leave the last evaluation in state["after"].
-    Adapter, log, samples and checkpoints are written to cfg.out.
-    """
+    """Train on from where `state` is (open_run). The last evaluation is in state["after"]."""
     out, saved, generator = Path(cfg.out), time.time(), torch.Generator(lm.device)
     steps = cfg.steps or max(1, cfg.epochs * len(questions) // cfg.questions_per_step)
     order = islice(data_order(len(questions), cfg.questions_per_step, cfg.seed), state["step"], None)
@@ -804,35 +791,33 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, state, cf
             append_line(out / "samples.jsonl", {"step": step, **group})
             tqdm.write(show_group(step, group))
         if state["skipped"] == 10:
-            raise SystemExit(f"ten steps in a row without a finite loss and gradient: see {out}/log.jsonl, lower --lr")
+            raise SystemExit(f"ten steps in a row without a finite loss and gradient: see {out}/log.jsonl")
         if step == steps or time.time() - saved >= cfg.save_every:
             save_checkpoint(optimizer, state, cfg)
             saved = time.time()
     save_adapter(lm, cfg)
 
 
-# ======================================================================
-# The method ends here. What follows is what a run needs.
-# ======================================================================
+# ==== The method ends here. What follows is what a run needs. ====
 
 
 # ==== 8. Model families ====
 def load_model(kind, path, device=DEVICE, dtype=None, **options):
     """A model of transformers' class `kind`, in its checkpoint's dtype on a GPU, in float32 elsewhere.
-    Refused: a tensor that the checkpoint lacks (transformers would fill in random numbers), and a layer
-    that config.json lacks (it would be left out). Other tensors left over, the talker's, are fine.
+    Refused: a tensor that the checkpoint lacks (it would be random), a layer that config.json lacks (it would
+    be left out). Tensors of other parts, such as the talker, may be left over.
     """
     dtype = dtype or ("auto" if BFLOAT16 and str(device) != "cpu" else torch.float32)
     model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     own = {re.sub(r"\.\d+\.", ".0.", name) for name in model.state_dict()}
     left_over = {name for name in found["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name) in own}
     if wrong := sorted(left_over | set(found["missing_keys"])):
-        raise SystemExit(f"{path} does not fit its config.json: {len(wrong)} tensors more or less, such as {wrong[0]}")
+        raise SystemExit(f"{path} does not fit its config.json: {len(wrong)} tensors, such as {wrong[0]}")
     return model.to(device).eval()
 
 
 class Qwen25Omni:
-    """Qwen2.5-Omni. A new family is such a class in FAMILIES: names, prompt template, and how a clip is encoded."""
+    """Qwen2.5-Omni. A new family is such a class in FAMILIES."""
 
     repository, revision = "Qwen/Qwen2.5-Omni-7B", "main"
     model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
@@ -851,23 +836,24 @@ class Qwen25Omni:
 
     @staticmethod
     def features(feature_extractor, waveform):
-        """One clip [T] -> mel spectrogram [frames, 128]. One at a time: no padding can leak into a clip."""
+        """A clip [T] -> mel spectrogram [frames, 128]. One at a time: no padding leaks into it."""
         return feature_extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding="longest",
                                  return_tensors="pt").input_features[0].T
 
     @staticmethod
     def encode(model, mels):
-        """Spectrograms of clips -> list of audio embeddings [25 per second, H]. The encoder packs clips end to end."""
+        """Spectrograms -> list of audio embeddings [25 per second, H]. The encoder packs them end to end."""
         frames = torch.tensor([len(mel) for mel in mels])
         mel = nn.utils.rnn.pad_sequence(mels, batch_first=True).transpose(1, 2)  # [clips, 128, frames]
         mask = (torch.arange(mel.shape[2]) < frames[:, None]).long()  # [clips, frames]
-        output = model.get_audio_features(mel.to(model.device, model.dtype), mask.to(model.device), return_dict=True)
+        mel, mask = mel.to(model.device, model.dtype), mask.to(model.device)
+        output = model.get_audio_features(mel, mask, return_dict=True)
         tokens = ((frames - 1) // 2 - 1) // 2 + 1  # a convolution of stride 2, then the mean of two
         return output.last_hidden_state.split(tokens.tolist())
 
 
 class Phi4Multimodal:
-    """Phi-4-multimodal. The hub's main branch is remote code; transformers' own class loads refs/pr/70."""
+    """Phi-4-multimodal. The main branch is remote code; transformers' own class loads refs/pr/70."""
 
     repository, revision = "microsoft/Phi-4-multimodal-instruct", "refs/pr/70"
     model_types = ("phi4_multimodal", "phi4mm")  # the latter on the main branch
@@ -879,7 +865,7 @@ class Phi4Multimodal:
 
     @staticmethod
     def load(path, **options):
-        """The model with its speech-lora merged: W += (alpha / r) B A. Unmerged, it understands speech badly."""
+        """The model with its speech-lora merged, W += (alpha / r) B A, or it hears badly."""
         fetch = partial(transformers.utils.cached_file, path, **options)
         settings = json.loads(Path(fetch("speech-lora/adapter_config.json")).read_text())
         tensors = load_file(fetch("speech-lora/adapter_model.safetensors"))
@@ -902,11 +888,11 @@ class Phi4Multimodal:
 
     @staticmethod
     def encode(model, clips):
-        """Features of clips -> list of audio embeddings [12.5 per second, H]. One at a time: it would pad them."""
+        """Features -> list of audio embeddings [12.5 per second, H]. One at a time, not padded."""
         audio, embeds = model.get_decoder().embed_tokens_extend.audio_embed, []
         for features in clips:
             n = int(features.audio_embed_sizes)
-            # Its own forward writes the embeddings over placeholder tokens: let it write over nothing else.
+            # Its own forward writes the embeddings over placeholder tokens: give it nothing else.
             ids = torch.full((1, n), model.config.audio_config.audio_token_id, device=model.device)
             blank = torch.zeros(1, n, model.config.hidden_size, device=model.device, dtype=model.dtype)
             embeds += audio(ids, blank, features.audio_input_features, features.audio_embed_sizes)
@@ -921,44 +907,35 @@ def family_of(path):
     known = {name: family for family in FAMILIES for name in family.model_types}
     model_type = transformers.PretrainedConfig.get_config_dict(path)[0].get("model_type")
     if model_type not in known:
-        raise SystemExit(f"{path} is no speech LLM: its config.json, if any, has none of the model_types {[*known]}")
+        raise SystemExit(f"{path} is no speech LLM: config.json needs a model_type of {', '.join(known)}")
     return known[model_type]
 
 
 # ==== 9. Questions and clips ====
-SAMPLE_RATE = 16_000
-
-
 def load_questions(path):
-    """The `datasets` directory that data_prep.py wrote, audio left as encoded bytes: decoding would need FFmpeg."""
+    """What data_prep.py wrote, audio left as encoded bytes: decoding would need FFmpeg."""
     questions = datasets.load_from_disk(path).cast_column("audio", datasets.Audio(decode=False))
     for key, options, index in zip(questions["key"], questions["options"], questions["answer_index"]):
         if len(options) != 4 or index not in range(4):
-            raise SystemExit(f"{path}: {key} has {len(options)} options and answer_index {index}; wanted: 4, 0 to 3")
+            raise SystemExit(f"{path}: {key} has {len(options)} options, not 4, or answer_index {index}")
     return questions
 
 
-def by_length(questions):
-    """Indices of questions, the shortest clip first, as column `seconds` has it: a batch then has little padding."""
-    return np.argsort(questions["seconds"], kind="stable").tolist()
-
-
 def read_clip(data, key="clip"):
-    """16-bit mono WAV bytes at 16 kHz, as data_prep.py writes them -> float32 waveform [T] in -1..1."""
+    """WAV bytes as data_prep.py writes them, 16-bit mono at 16 kHz -> float32 [T] in -1..1."""
     with wave.open(BytesIO(data)) as clip:
         kind = clip.getframerate(), clip.getsampwidth(), clip.getnchannels()
         samples = np.frombuffer(clip.readframes(clip.getnframes()), "<i2")
     if kind != (SAMPLE_RATE, 2, 1) or not 0.1 <= len(samples) / SAMPLE_RATE <= 300:
-        raise SystemExit(f"{key} is no 16-bit mono WAV at 16 kHz of 0.1 to 300 s: convert it with data_prep.py")
+        raise SystemExit(f"{key} is no 16-bit mono WAV at 16 kHz of 0.1 to 300 s: see data_prep.py")
     return torch.from_numpy(samples.astype(np.float32) / 2**15)
 
 
 # ==== 10. Logs, adapter files and checkpoints ====
 def step_means(terms, letters, references):
-    """Means of a step for the log. terms: {name: [B, M, G/2]}, letters: as many, references [B, G/2]."""
-    reward = terms["reward"]  # [B, M, G/2]
-    unparsed = torch.tensor([letter is None for letter in letters]).view(reward.shape)
-    no_spread = reward.amax(-1) - reward.amin(-1) < 1e-6  # [B, M]
+    """Means of a step for the log. terms: {name: [B, M, G/2]}, as many letters, references [B, G/2]."""
+    unparsed = torch.tensor([letter is None for letter in letters]).view(terms["reward"].shape)
+    no_spread = terms["reward"].amax(-1) - terms["reward"].amin(-1) < 1e-6  # [B, M]
     means = {"no_reference": (references[:, 0] < 0).float().mean().item()}
     for m, modality in enumerate(MODALITIES):
         for name, x in (terms | {"unparsed": unparsed, "no_spread": no_spread}).items():
@@ -968,24 +945,25 @@ def step_means(terms, letters, references):
 
 
 def first_group(question, completions, terms, references):
-    """The first group of a step in full, for a person. terms: {name: [B, M, G/2]}, references [B, G/2]."""
-    group, samples = {key: question[key] for key in ("key", "question", "options", "answer_index")}, references.shape[1]
+    """The first group of a step in full. terms: {name: [B, M, G/2]}, references [B, G/2]."""
+    group = {key: question[key] for key in ("key", "question", "options", "answer_index")}
+    said = iter(completions)  # in the order of the loops
     for m, modality in enumerate(MODALITIES):
-        group[modality] = [{name: x[0, m, s].item() for name, x in terms.items()} for s in range(samples)]
-        for s, answer in enumerate(group[modality]):
-            answer |= {"completion": completions[m * samples + s]}
-            answer |= {"reference": references[0, s].item()} if m == SPEECH else {}
+        group[modality] = []
+        for s, reference in enumerate(references[0].tolist()):
+            answer = {"completion": next(said)} | {name: x[0, m, s].item() for name, x in terms.items()}
+            group[modality].append(answer | ({"reference": reference} if m == SPEECH else {}))
     return group
 
 
 def show_group(step, group):
-    """The first spoken answer of a group and its reference, each above its rewards, for the terminal."""
+    """A group's first spoken answer and its reference, each above its rewards."""
     spoken = group["speech"][0]
     shown = [spoken] if spoken["reference"] < 0 else [spoken, group["text"][spoken["reference"]]]
     lines = [f"step {step}, {group['key']}: {group['question']} ({LETTERS[group['answer_index']]})"]
     for modality, answer in zip(MODALITIES, shown):
         rewards = [f"{term} {answer[term]:.2f}" for term in ("acc", "fmt", "rep", "beh", "reward", "advantage")]
-        lines += [f"  {modality:<8}{textwrap.shorten(answer['completion'], 400)}", " " * 10 + "  ".join(rewards)]
+        lines += [f"  {modality:<8}{' '.join(answer['completion'].split())[:400]}", " " * 10 + "  ".join(rewards)]
     return "\n".join(lines)
 
 
@@ -997,25 +975,20 @@ def append_line(path, values):
 
 
 def write_aside(path, content):
-    """Write bytes under another name, then rename: `path` is never half-written."""
+    """Write bytes, or a dict as JSON, under another name and rename it: `path` is never half-written."""
     if RANK == 0:
-        aside = Path(f"{path}.part")
-        aside.write_bytes(content)
-        os.replace(aside, path)
-
-
-def write_json(path, content):
-    """Write `content` as indented JSON."""
-    write_aside(path, json.dumps(content, indent=2).encode() + b"\n")
+        content = content if isinstance(content, bytes) else json.dumps(content, indent=2).encode()
+        Path(f"{path}.part").write_bytes(content)
+        os.replace(f"{path}.part", path)
 
 
 def save_adapter(lm, cfg):
-    """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does."""
     layers = {name: m for name, m in lm.model.named_modules() if isinstance(m, LoRALinear)}
     write_aside(Path(cfg.out) / "adapter_model.safetensors", save({
         f"base_model.model.{name}.{matrix}.weight": getattr(m, matrix).detach().contiguous().cpu()
         for name, m in layers.items() for matrix in ("lora_A", "lora_B")}))
-    write_json(Path(cfg.out) / "adapter_config.json", {
+    write_aside(Path(cfg.out) / "adapter_config.json", {
         "peft_type": "LORA", "base_model_name_or_path": cfg.model, "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
         "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": list(layers),  # full names: the audio encoder has layers called q_proj too
@@ -1030,13 +1003,13 @@ def save_checkpoint(optimizer, state, cfg):
     write_aside(Path(cfg.out) / "checkpoint.pt", buffer.getvalue())
 
 
-# May differ in a resumed run: no number depends on them beyond rounding. Of the data the content counts, not the path.
+# May differ in a resumed run: no number depends on them. Data is known by its content.
 FREE = {"out", "resume", "data", "eval_data", "save_every", "eval_every", "sample_every", "aux_device",
         "base_text_accuracy", "tokens_per_micro_batch", "eval_batch", "gradient_checkpointing"}
 
 
 def open_run(cfg, content):
-    """The state of the run in cfg.out: that of its checkpoint, or of a new run. content: what tells its data apart."""
+    """The state of the run in cfg.out: its checkpoint's, or a new run's. content: fingerprints of its data."""
     path, run = Path(cfg.out) / "checkpoint.pt", asdict(cfg) | content | {"processes": RANKS}
     if not any(file.suffix != ".part" for file in Path(cfg.out).glob("*")):
         return {"run": run, "step": 0, "skipped": 0, "before": None, "after": None}
@@ -1045,12 +1018,12 @@ def open_run(cfg, content):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if other := sorted(name for name in run if name not in FREE and run[name] != state["run"].get(name)):
         raise SystemExit(f"--resume: {path} was made with other settings or data: {', '.join(other)}")
-    for name, size in state["sizes"].items() if RANK == 0 else ():  # what came after the checkpoint is done again
+    for name, size in state["sizes"].items() if RANK == 0 else ():  # what came later is done again
         os.truncate(path.with_name(name), size)
     return state | {"run": run}
 
 
-# ==== 11. Several processes, started by torchrun: rank r takes questions r, r + RANKS, ... ====
+# ==== 11. Several processes under torchrun: rank r takes questions r, r + RANKS, ... ====
 def sum_over_ranks(x):
     """A tensor -> its sum over all processes."""
     if RANKS > 1:
@@ -1066,7 +1039,7 @@ def mean_over_ranks(metrics):
 
 # ==== 12. The command ====
 def parse_config(arguments=None):
-    """Command line -> Config. Where the default model is asked for and does not exist, the offline demo is built."""
+    """Command line -> Config. The offline demo is built where its model is asked for and not there."""
     parser = transformers.HfArgumentParser(Config)
     model = Path(parser.parse_args(arguments).model)
     if str(model) == Config.model and not model.exists():
@@ -1082,16 +1055,16 @@ def parse_config(arguments=None):
 def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
     cfg = parse_config(arguments)
-    if RANKS > 1:  # under torchrun: each process on its own GPU, and only the first one prints
+    if RANKS > 1:  # under torchrun: each on its own GPU, and only the first one prints
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if DEVICE == "cuda" else None
-        dist.init_process_group(timeout=timedelta(days=1))  # ranks wait for each other while one loads or evaluates
+        dist.init_process_group(timeout=timedelta(days=1))  # one may still evaluate
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     content = {"content of --data": questions._fingerprint, "content of --eval-data": eval_questions._fingerprint}
     state = open_run(cfg, content)
     known = set(questions["question"])
     if seen := sum(question in known for question in eval_questions["question"]):
-        print(f"{seen} of the {len(eval_questions)} questions of --eval-data are in --data too: no held-out accuracy")
+        print(f"{seen} of {len(eval_questions)} questions of --eval-data are in --data too: not held out")
     embedder, extract = load_embedder(cfg) if cfg.beta else None, load_extractor(cfg)
     lm = SpeechLM.from_pretrained(cfg.model)
     optimizer = make_trainable(lm, cfg)
@@ -1099,11 +1072,11 @@ def main(arguments=None):
         for p, saved in zip(optimizer.param_groups[0]["params"], state.pop("trained"), strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state.pop("optimizer"))
-    sum_over_ranks(torch.zeros(1, device=DEVICE))  # a barrier: --out is made after all have looked
+    sum_over_ranks(torch.zeros(1, device=DEVICE))  # a barrier: all have looked at --out
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     save_checkpoint(optimizer, state, cfg)
-    write_json(out / "config.json", asdict(cfg))
+    write_aside(out / "config.json", asdict(cfg))
     if not state["before"]:  # LoRA's B is still 0: this is the base model
         state["before"] = evaluate(lm, eval_questions, extract, cfg)
         save_checkpoint(optimizer, state, cfg)
@@ -1111,7 +1084,7 @@ def main(arguments=None):
     before, after = state["before"], state["after"]
     base_text = cfg.base_text_accuracy / 100 or before["text"]
     mrr = [modality_recovery_rate(accuracy["speech"], base_text) for accuracy in (before, after)]
-    write_json(out / "summary.json", {
+    write_aside(out / "summary.json", {
         "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],
         "mrr_before": mrr[0], "mrr_after": mrr[1], "n_speech": len(eval_questions), "n_text": len(eval_questions),
         "content": list(content.values())})

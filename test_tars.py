@@ -486,6 +486,12 @@ def linears(lm):
     return 4 if lm.family is Phi4Multimodal else 7
 
 
+def recompute_layers(lm):
+    """Gradient checkpointing, as make_trainable does it."""
+    for layer in lm.decoder.layers:
+        layer.forward = functools.partial(tars.recompute, layer.forward, use_reentrant=False)
+
+
 def perturb(lm):
     """Give LoRA weights as training would."""
     generator = torch.Generator().manual_seed(3)
@@ -594,7 +600,7 @@ def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, ques
         lm = SpeechLM.from_pretrained(checkpoint)
         perturb(lm)
         if checkpointing:
-            lm.recompute_layers()
+            recompute_layers(lm)
         parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
         metrics, _, _, (gradient,) = one_step(lm, questions, (ids, mask), truncated, monkeypatch, parameters, tokens_per_micro_batch=budget)
         gradients.append(gradient)
@@ -632,9 +638,9 @@ def test_step_hands_its_settings_on(lm, questions, answers, monkeypatch):
         seen.append((len(prompts), samples, max_new_tokens, temperature, g is generator))
         return (*answers, truncated)
 
-    def spied_score(prompts, ids, mask, temperature, pool):
-        seen.append((temperature, pool))
-        return score(prompts, ids, mask, temperature, pool)
+    def spied_score(prompts, ids, mask, temperature):
+        seen.append(temperature)
+        return score(prompts, ids, mask, temperature)
 
     def spied_pick(correct, g):
         seen.append(g is generator)
@@ -648,7 +654,7 @@ def test_step_hands_its_settings_on(lm, questions, answers, monkeypatch):
         monkeypatch.setattr(owner, name, spy)
     cfg = Config(group_size=4, max_new_tokens=33, temperature=0.7, eps_low=0.1, eps_high=0.3)
     train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, torch.optim.SGD(attach_lora(lm, 2, 4), lr=0.0), cfg, generator)
-    assert seen == [(4, 2, 33, 0.7, True), True, (0.7, True), (True, 0.1, 0.3)]
+    assert seen == [(4, 2, 33, 0.7, True), True, 0.7, (True, 0.1, 0.3)]
 
 
 def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
@@ -763,7 +769,7 @@ def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, q
     prompts = lm.embed_prompts(long_and_short(questions))
     ids, mask, _ = lm.rollout(prompts, 3, 12, 0.7, torch.Generator().manual_seed(0))
     assert ids.shape[-1] == len(drawn)
-    logps = lm.score(prompts, ids, mask, 0.7, pool=False)[0].detach().flatten(0, 1)  # [8, 3, C]
+    logps = lm.score(prompts, ids, mask, 0.7)[0].detach().flatten(0, 1)  # [8, 3, C]
     alive = mask.flatten(0, 1).bool()
     for t, at_draw in enumerate(drawn):
         rows = alive[..., t].any(-1)
@@ -875,7 +881,7 @@ def test_forward_equals_plain_transformers(lm, questions, answers, checkpointing
     ids, mask = answers
     attach_lora(lm, 4, 8)  # so that there is something to recompute
     if checkpointing:
-        lm.recompute_layers()
+        recompute_layers(lm)
     logps, pooled = forward(lm, questions, ids, mask, temperature)
     assert pooled.shape == (4, 2, 2, 4, 128)
     with torch.no_grad():
@@ -1724,7 +1730,7 @@ def test_main_runs_in_a_thread_with_a_notebooks_stdout_and_tells_what_it_uses(sm
     thread = threading.Thread(target=tars.main, args=([str(x) for x in flags],))
     thread.start()
     thread.join()
-    assert "8 of the 8 questions of --eval-data are in --data too" in out.text and "cpu, float32\n" in out.text
+    assert "8 of 8 questions of --eval-data are in --data too" in out.text and "cpu, float32\n" in out.text
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["mrr_after"] == pytest.approx(100 * summary["speech"] / 0.8)  # Eq. (1) with the text backbone's accuracy
     assert f"after {100 * summary['speech']:>31.1f}"[:5] in out.text and f"{summary['mrr_after']:.1f}" in out.text
@@ -2816,13 +2822,13 @@ def test_speed_merging_lora_for_the_rollout_would_be_another_policy_in_bfloat16(
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.002)
         prompts = lm.embed_prompts(questions)
         ids, mask, _ = lm.rollout(prompts, 4, cfg.max_new_tokens, 1.0, torch.Generator().manual_seed(0))
-        apart = lm.score(prompts, ids, mask, 1.0, pool=False)[0]
+        apart = lm.score(prompts, ids, mask, 1.0)[0]
         with without_lora(lm):
-            base = lm.score(prompts, ids, mask, 1.0, pool=False)[0]
+            base = lm.score(prompts, ids, mask, 1.0)[0]
             for m in lm.model.modules():
                 if isinstance(m, LoRALinear):
                     m.linear.weight.data = (m.linear.weight.float() + m.scale * m.lora_B @ m.lora_A).bfloat16()
-            merged = lm.score(prompts, ids, mask, 1.0, pool=False)[0]
+            merged = lm.score(prompts, ids, mask, 1.0)[0]
     effect, error = ((x - apart).abs()[mask.bool()] for x in (base, merged))
     print(f"\n|difference| of log-probs: LoRA's effect {effect.mean():.4f}; merged against apart {error.mean():.4f} on average, {error.max():.2f} at most")
     assert error.max() > 0.05
@@ -3356,11 +3362,11 @@ def offline_loss(method, lm, questions, pairs, beta=0.1):
     for b, pair in enumerate(pairs):
         for k, answer in enumerate(pair):
             ids[b, 0, k, : len(answer)], mask[b, 0, k, : len(answer)] = answer, 1
-    logps, _ = lm.score(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
+    logps, _ = lm.score(prompts, ids, mask, 1.0)  # [b, 1, 2, C]
     if method == "sft":
         return sft_loss(logps[:, 0, 0], mask[:, 0, 0])
     with torch.no_grad(), without_lora(lm):
-        base, _ = lm.score(prompts, ids, mask, 1.0, pool=False)  # [b, 1, 2, C]
+        base, _ = lm.score(prompts, ids, mask, 1.0)  # [b, 1, 2, C]
     return dpo_loss(*(x.sum(-1)[:, 0, k] for x in (logps, base) for k in (0, 1)), beta)
 
 
@@ -3404,7 +3410,7 @@ def test_exercise_11_sft(questions, monkeypatch):
         return [*answers.unbind(-2), torch.zeros(answers.shape[:3], dtype=torch.bool)]
 
     keys = [question["key"] for question in questions]
-    monkeypatch.setattr(lm, "embed", lambda asked: [[(keys.index(question["key"]), m) for m in (0, 1)] for question in asked])
+    monkeypatch.setattr(lm, "embed_prompts", lambda asked: [[(keys.index(question["key"]), m) for m in (0, 1)] for question in asked])
     monkeypatch.setattr(lm, "rollout", rollout)
     found = offline_answers(lm, questions[:3], cfg, generator)
     for pair, good, bad in zip(found, chosen, rejected):
@@ -3515,7 +3521,7 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("02", "modality_advantages", "return rewards - rewards.mean((-2, -1) if joint else -1, keepdim=True)", "rewards -= rewards.mean((-2, -1) if joint else -1, keepdim=True); return rewards", "in place"),
     ("02", "modality_advantages", "return rewards - ", "return rewards.shape[-1] / (rewards.shape[-1] - 1) * rewards - rewards.shape[-1] / (rewards.shape[-1] - 1) * ", "leaves out the answer itself"),
     ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask", "yours does"),
-    ("03", "token_weights", "completion_mask * ~truncated[..., None]", "completion_mask * truncated[..., None]", "you keep those"),
+    ("03", "token_weights", "~truncated[..., None]", "(truncated if truncated.any() else ~truncated)[..., None]", "you keep those"),
     ("03", "token_weights", "sum_over_ranks(learnt.sum())", "sum_over_ranks(completion_mask.sum())", "not counted either"),
     ("03", "token_weights", "sum_over_ranks(learnt.sum())", "torch.tensor(learnt.numel())", "padding is counted"),
     ("03", "token_weights", "sum_over_ranks(learnt.sum()).clamp(min=1)", "learnt.sum(-1, keepdim=True).clamp(min=1) / len(learnt)", "GRPO's mean of means"),
@@ -3613,7 +3619,7 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("10", "train_step", "truncated[:, TEXT], generator", "truncated[:, TEXT]", "drawn with the generator"),
     ("10", "train_step", "cfg.group_size // len(MODALITIES)", "cfg.group_size", "answered G/2 times"),
     ("10", "train_step", "cfg.temperature, generator)", "1.0, generator)", "the roll-out takes"),
-    ("10", "train_step", "ids, mask, cfg.temperature, pool", "ids, mask, 1.0, pool", "of the temperature"),
+    ("10", "train_step", "ids, mask, cfg.temperature)", "ids, mask, 1.0)", "of the temperature"),
     ("10", "train_step", "base_reward(acc, fmt, cfg.lam)", "base_reward(acc, fmt)", "base of the first question's"),
     ("10", "train_step", "base_reward(acc, fmt, cfg.lam)", "1 * acc", "R_fmt is missing"),
     ("10", "train_step", "cfg.alpha, cfg.beta)", "cfg.beta, cfg.alpha)", "the other way round"),
