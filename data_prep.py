@@ -458,8 +458,11 @@ def checked(question, options, answer, prompt):
     index = LETTERS.index(letter[1].upper()) if letter else answer
     if type(index) is not int or index not in range(4):  # neither True nor 1.0 is an index
         raise Lost("the answer is none of the options", repr(answer))
-    return {"question": cell_text(question, "question"), "options": [cell_text(option, "option") for option in options],
-            "answer_index": index, "prompt_for_tts": prompt}
+    options = [cell_text(option, "option") for option in options]
+    if len(set(options)) < 4:
+        raise Lost("two equal options", repr(options))
+    return {"question": cell_text(question, "question"), "options": options, "answer_index": index,
+            "prompt_for_tts": prompt}
 
 
 def decode_clip(data):
@@ -468,6 +471,8 @@ def decode_clip(data):
     """
     import soundfile
 
+    # A streaming recorder leaves the size 0 in front of the samples. With the largest one they are read to the end.
+    data = re.sub(rb"^(RIFF....WAVE.{0,4000}?data)\0{4}", rb"\1" + b"\xff" * 4, data, flags=re.DOTALL)
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [T, channels]
     except soundfile.LibsndfileError as error:
@@ -559,9 +564,15 @@ def from_mmlu(index, row, args):
 
 
 def from_csv(index, row, args):
-    """A row of one's own table: recorded in the file `wav`, a path relative to the table, or spoken."""
+    """A row of one's own table: recorded in the file `wav`, a path relative to the table, or spoken.
+    Where the table has recordings, a row is spoken only if its `wav` is a dash: an empty cell may be a mistake.
+    """
+    if row["more"]:
+        raise Lost("more cells than columns", row["more"])
     ours = checked(row["question"], [row[letter] for letter in LETTERS], row["answer"], "")
     clip = recording(row, args)
+    if not clip and args.recorded and row["wav"] != "-":
+        raise Lost("no recording, and no dash that asks for a voice")
     if not clip:
         return spoken_row(ours, index, args)
     return ours | {"prompt_for_tts": prompt_of(ours), "audio": clean_clip(clip, args.max_seconds)}
@@ -569,7 +580,7 @@ def from_csv(index, row, args):
 
 def recording(row, args):
     """A row's clip, {"bytes", "path"}: column `audio`, or the file `wav` beside the table. None if it has neither."""
-    if row.get("wav"):
+    if row.get("wav", "-") not in ("", "-"):
         return {"bytes": None, "path": str(Path(args.origin).parent / row["wav"])}
     return row.get("audio")
 
@@ -580,18 +591,19 @@ def prompt_of(ours):
 
 
 def spoken_row(ours, index, args):
-    """The row, spoken up to args.tries times: the first clip with a word error rate below 10 % is kept."""
+    """The row, spoken up to args.tries times: the first clip that passes the paper's filter is kept."""
     ours["prompt_for_tts"] = prompt_of(ours)
     if len(ours["prompt_for_tts"]) > 2000:
         raise Lost("longer than 2000 characters")
     for attempt in range(args.tries):
         waveform = args.voice.speak(ours["prompt_for_tts"], seed=(args.seed, index, attempt))
         heard = args.listener.transcribe(waveform)
-        wer = reading_error(ours["prompt_for_tts"], heard, getattr(args.listener, "spelling", None))
-        if wer < 0.1:
+        wer, missed = reading_error(ours["prompt_for_tts"], heard, getattr(args.listener, "spelling", None))
+        if wer < 0.1 and not missed:
             audio = clean_clip({"bytes": wav_bytes(waveform)}, args.max_seconds)
             return ours | {"tts_wer": wer, "audio": audio}
-    raise Lost(f"not understood by Whisper in {args.tries} tries")
+    reason = "option d not heard" if missed else "word error rate of 10 % or more"
+    raise Lost(f"{reason}, {args.tries} tries", f"at last {wer:.0%}: {heard}")
 
 
 # ==== 6. Speech synthesis and recognition =============================================================================
@@ -769,9 +781,9 @@ def word_error_rate(reference, hypothesis, spelling=None):
 
 
 def reading_error(prompt, transcript, spelling=None):
-    """The paper's filter: the word error rate, or 1 if "option d" is not heard as often as the prompt has it."""
+    """The paper's filter: the word error rate, and whether "option d" is not heard as often as the prompt has it."""
     asked, heard = (len(re.findall(r"\boption d\b", " ".join(spoken_words(text)))) for text in (prompt, transcript))
-    return word_error_rate(prompt, transcript, spelling) if heard >= asked else 1.0
+    return word_error_rate(prompt, transcript, spelling), heard < asked
 
 
 class Voice:
@@ -865,12 +877,23 @@ def own_files(source, place):
     return own or untold
 
 
+def read_table(place):
+    """The rows of a csv file, all cells as strings: "NA" and "007" stay. `more`: what a row has beyond its columns."""
+    try:
+        text = place.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{place} is no UTF-8: save it as UTF-8") from error
+    told = re.match(r"sep=(.)\n", text)  # Excel's first line
+    table = csv.DictReader(text[told.end() if told else 0 :].splitlines(keepends=True),
+                           delimiter=told[1] if told else ",", restkey="more", restval="")
+    return [row | {"more": " ".join(row.get("more", []))} for row in table]
+
+
 def open_source(source, origin):
     """A source's rows as one Dataset, clips undecoded: from the hub, a save_to_disk folder, parquet or arrow files."""
     place = Path(origin)
     if place.suffix == ".csv":
-        with open(place, newline="", encoding="utf-8-sig") as table:
-            rows = datasets.Dataset.from_list(list(csv.DictReader(table)))  # strings: "NA" and "007" stay
+        rows = datasets.Dataset.from_list(read_table(place))
     elif (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         rows = datasets.load_from_disk(origin)
     elif place.exists():
@@ -933,6 +956,11 @@ def is_whole(part, line):
     return "lost" in line or clip.is_file() and clip.stat().st_size == 44 + 2 * round(line["seconds"] * SAMPLE_RATE)
 
 
+def words_of(ours):
+    """What two rows share if one repeats the other word for word."""
+    return ours["question"], *ours["options"], ours["answer_index"]
+
+
 def convert(name, args):
     """Make the data set `args.out` of source `name`. A stopped run continues: no clip is made twice."""
     source, out = SOURCES[name], new_folder(args.out)
@@ -947,14 +975,19 @@ def convert(name, args):
     done = list(takewhile(partial(is_whole, part), done))  # the rest is done again
     if not done:
         check_disk(rows, count, part, args)
-    recorded = name == "csv" and "wav" in rows.column_names and all(rows["wav"])
-    if name in SPOKEN and not recorded and len(done) < count:
+    cells = set(rows["wav"]) if name == "csv" and "wav" in rows.column_names else set()
+    args.recorded = bool(cells - {"", "-"})
+    if name in SPOKEN and (not args.recorded or "-" in cells) and len(done) < count:
         args.voice, args.listener = Voice(args.tts, DEVICE), Listener(args.asr, DEVICE)
+    seen = {words_of(line["row"]) for line in done if "row" in line}
     for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
         row = rows[i]
         key = str(row.get("key") or f"{name}-{i}")
         try:
             ours = {"key": key} | source.make_row(i, row, args)
+            if words_of(ours) in seen:
+                raise Lost("word for word an earlier row")
+            seen.add(words_of(ours))
             waveform = ours.pop("audio")
             write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
             line = {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
@@ -963,6 +996,8 @@ def convert(name, args):
             tqdm.write(f"{key} is left out: {loss}")
         done.append(line)
         append_line(part / "rows.jsonl", line)
+        if len(done) == 10 and not seen and getattr(args, "voice", None):
+            tqdm.write(f"none of the first ten rows is kept: {args.tts} and {args.asr} do not fit each other")
     kept = [line for line in done if "row" in line]
     if not kept:
         reasons = "; ".join(sorted({line["lost"] for line in done}))

@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
-from tars import BFLOAT16, DEVICE, FAMILIES, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
+from tars import BFLOAT16, DEVICE, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
 from tars import LoRALinear, embed_ngrams, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line
 from tars import attach_lora, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
 from tars import load_extractor, load_questions, make_trainable, modality_advantages, modality_recovery_rate, pad_left
@@ -159,11 +159,13 @@ def cascade(lm, listener, questions, extract, cfg):
         transcripts = [listener.transcribe(read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
         with torch.no_grad():
             prompts = [[lm.prompt(lm.embed_text(text))] for text in transcripts]  # b lists of one prompt [P, H]
-        completions = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
+        ids, mask, cut = lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)  # [b, 1, 1, C]
+        completions = lm.detokenize(ids, mask)
         letters, acc, _ = judge(batch, completions, extract)
-        for q, text, completion, letter, right in zip(batch, transcripts, completions, letters, acc[:, 0].tolist()):
-            yield {"key": q["key"], "modality": "speech", "completion": completion, "answer": letter,
-                   "right": right == 1, "heard": text}
+        numbers = (x.flatten().tolist() for x in (acc == 1, mask.sum(-1), cut))
+        for q, text, completion, letter, right, tokens, c in zip(batch, transcripts, completions, letters, *numbers):
+            yield {"key": q["key"], "modality": "speech", "completion": completion, "answer": letter, "right": right,
+                   "tokens": tokens, "cut": c, "heard": text}
 
 
 def accuracy_cell(records):
@@ -196,27 +198,29 @@ def compare(args, cfg, sets):
                 for data, questions in sets.items()}, base_text))
     sizes = ", ".join(f"{data}: {len(questions)} questions" for data, questions in sets.items())
     columns = [f"{data} {column}" for data in sets for column in ("A %", "T %")]
-    head = ["model", *columns, "avg A", "avg T", "unparsed A/T %", "MRR %"]
+    head = ["model", *columns, "avg A", "avg T", "unparsed A/T %", "cut A/T %", "tokens A/T", "MRR %"]
     print(f"{sizes}; A speech, T text, [95 % interval]\n" + table(head, rows))
 
 
 def row_of(name, measured, base_text):
     """One row of Table 1 from {data set: {modality: records}}."""
-    cells, columns, unparsed = [], {m: [] for m in MODALITIES}, {m: [] for m in MODALITIES}
+    cells, columns = [], {m: [] for m in MODALITIES}
     for by in measured.values():
         for m in MODALITIES:
             percent, cell = accuracy_cell(by[m]) if m in by else (float("nan"), "-")
             cells.append(cell)
             columns[m].append(percent)
-            unparsed[m] += [r["answer"] is None for r in by.get(m, [])]
     average = {m: np.mean(columns[m]) for m in MODALITIES}
 
     def shown(x):
         return "-" if math.isnan(x) else f"{x:.1f}"
 
-    lost = "/".join(f"{100 * np.mean(unparsed[m]):.1f}" if unparsed[m] else "-" for m in MODALITIES)
+    both = [[r for by in measured.values() for r in by.get(m, [])] for m in MODALITIES]  # records of each modality
+    told = ["/".join(f"{scale * np.mean([value(r) for r in some]):.{digits}f}" if some else "-" for some in both)
+            for value, scale, digits in ((lambda r: r["answer"] is None, 100, 1), (lambda r: r["cut"], 100, 1),
+                                         (lambda r: r["tokens"], 1, 0))]
     mrr = modality_recovery_rate(average["speech"], base_text)
-    return [name, *cells, *map(shown, average.values()), lost, shown(mrr)]
+    return [name, *cells, *map(shown, average.values()), *told, shown(mrr)]
 
 
 # ==== 3. Word error rate: did recognition improve, and not reasoning? =================================================
@@ -297,7 +301,7 @@ def drift(args, cfg, sets):
     for name, lm in speech_lms(args):
         lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
-    rows = [[str(l), *(f"{mean[l - 1]:.4f} +- {half[l - 1]:.4f}" for mean, half in lines.values())] for l in layers]
+    rows = [[str(n), *(f"{mean[n - 1]:.4f} +- {half[n - 1]:.4f}" for mean, half in lines.values())] for n in layers]
     print("cosine of spoken and written states on the model's own text answers, mean over questions, 95 % interval")
     print(table(["layer", *lines], rows))
     if args.plot:
@@ -546,10 +550,14 @@ def settings_of(folder):
 
 
 # ==== 7. --random-weights: does a run fit the GPU? ====================================================================
-# Settings of the hub's models that differ from transformers' defaults: of the model, of the audio feature extractor.
+# Of each repository on the hub: its family, and the settings that differ from transformers' defaults.
 HUB_SETTINGS = {
-    Qwen25Omni: ({"vision_config": {"hidden_size": 1280}}, {"feature_size": 128, "chunk_length": 300}),
-    Phi4Multimodal: ({"tie_word_embeddings": True, "num_attention_heads": 24}, {}),
+    "Qwen/Qwen2.5-Omni-7B": (Qwen25Omni, {"vision_config": {"hidden_size": 1280}}),
+    "Qwen/Qwen2.5-Omni-3B": (Qwen25Omni, {
+        "text_config": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+                        "num_key_value_heads": 2, "intermediate_size": 11_008, "vocab_size": 151_936},
+        "audio_config": {"output_dim": 2048}, "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048}}),
+    "microsoft/Phi-4-multimodal-instruct": (Phi4Multimodal, {"tie_word_embeddings": True, "num_attention_heads": 24}),
 }
 
 
@@ -567,19 +575,20 @@ def byte_tokenizer(family):
 
 def with_random_weights(path):
     """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
-    `path` is a directory with a config.json or the hub name of a family, whose sizes are transformers' defaults.
-    Answers never end by themselves.
+    `path` is a directory with a config.json or a name of HUB_SETTINGS. Answers never end by themselves.
     """
-    family = family_of(path) if Path(path).is_dir() else next((f for f in FAMILIES if f.repository == path), None)
-    if family is None:
-        names = " or ".join(f.repository for f in FAMILIES)
-        raise SystemExit(f"--random-weights {path}: give {names}, or a directory with a config.json")
-    config_class = family.model_class.config_class
-    model_settings, extractor_settings = HUB_SETTINGS[family]
-    config = config_class.from_pretrained(path) if Path(path).is_dir() else config_class(**model_settings)
+    if Path(path).is_dir():
+        family = family_of(path)
+        config = family.model_class.config_class.from_pretrained(path)
+    elif path in HUB_SETTINGS:
+        family, settings = HUB_SETTINGS[path]
+        config = family.model_class.config_class(**settings)
+    else:
+        raise SystemExit(f"--random-weights {path}: give {', '.join(HUB_SETTINGS)}, or a directory with a config.json")
+    sizes = {"feature_size": config.audio_config.num_mel_bins, "chunk_length": 300} if family is Qwen25Omni else {}
     with torch.device(DEVICE):
         model = family.model_class._from_config(config, dtype=torch.bfloat16 if BFLOAT16 else torch.float32)
-    lm = SpeechLM(family, model, byte_tokenizer(family), family.feature_extractor_class(**extractor_settings))
+    lm = SpeechLM(family, model, byte_tokenizer(family), family.feature_extractor_class(**sizes))
     lm.eos_ids = lm.eos_ids[:0]
     return lm
 

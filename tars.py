@@ -567,7 +567,7 @@ def attach_lora(lm, rank, alpha):
     return trained
 
 
-# ==== 6. Answer extractor, Eq. (3), and sentence embedder E, Eq. (6) ====
+# ==== 6. Answer extractor, Eq. (3), and E, Eq. (6) ====
 # Opens a statement of the answer, which comes next; may open one.
 ANNOUNCED = (
     r"(?i)\b(?:answer|solution|(?:correct|right|best) (?:option|choice|one))\b[^.:=\n]{,60}?"
@@ -623,8 +623,7 @@ def extract_answer(completion, options):
     label = r"(?im)^\W*(?:Option )?([A-D])(?:[.):].*|\W*)$"
     if len({*re.findall(label, text.upper())}) > 1:  # a list of options, cut or whole
         text = re.sub(label, "", text)
-    connectives = "so|but|therefore|thus|hence|oh|wait|no"
-    for clause in re.split(rf"(?i)\n|(?<=[.!?;])(?<!\b[A-D]\.)\s+|[.,] (?=(?:{connectives})\b)", text):
+    for clause in re.split(r"(?i)\n|(?<=[.!?;])(?<!\b[A-D]\.)\s+|[.,] (?=(?:so|but|thus|oh|wait|no)\b)", text):
         announced, pointed = ([None, *re.finditer(form, clause)][-1] for form in (ANNOUNCED, POINTED))
         opening = announced or pointed
         named = clause[opening.end() if opening else 0 :]
@@ -720,12 +719,13 @@ def question_batches(questions, size, desc):
 def answer_greedily(lm, questions, extract, cfg):
     """Yield records, one a question and modality; an answer of None is wrong."""
     for batch in question_batches(questions, cfg.eval_batch, "evaluate"):
-        ids, mask, _ = lm.rollout(lm.embed_prompts(batch), 1, cfg.max_new_tokens, temperature=0)  # [b, M, 1, C]
+        ids, mask, truncated = lm.rollout(lm.embed_prompts(batch), 1, cfg.max_new_tokens, temperature=0)
         completions = lm.detokenize(ids, mask)  # b * M strings
         letters, acc, _ = judge(batch, completions, extract)
-        rows = [(question["key"], modality) for question in batch for modality in MODALITIES]
-        for (key, modality), text, letter, right in zip(rows, completions, letters, acc.flatten().tolist()):
-            yield {"key": key, "modality": modality, "completion": text, "answer": letter, "right": right == 1}
+        keys = [{"key": question["key"], "modality": m} for question in batch for m in MODALITIES]
+        numbers = (x.flatten().tolist() for x in (acc == 1, mask.sum(-1), truncated))
+        for key, text, letter, right, tokens, cut in zip(keys, completions, letters, *numbers):
+            yield key | {"completion": text, "answer": letter, "right": right, "tokens": tokens, "cut": cut}
 
 
 def evaluate(lm, questions, extract, cfg):
@@ -936,7 +936,8 @@ def step_means(terms, letters, references):
     """Means of a step for the log. terms: {name: [B, M, G/2]}, as many letters, references [B, G/2]."""
     unparsed = torch.tensor([letter is None for letter in letters]).view(terms["reward"].shape)
     no_spread = terms["reward"].amax(-1) - terms["reward"].amin(-1) < 1e-6  # [B, M]
-    means = {"no_reference": (references[:, 0] < 0).float().mean().item()}
+    means = {f"spread_{name}": terms[name][:, SPEECH].std(-1).mean().item() for name in ("rep", "beh")}
+    means["no_reference"] = (references[:, 0] < 0).float().mean().item()
     for m, modality in enumerate(MODALITIES):
         for name, x in (terms | {"unparsed": unparsed, "no_spread": no_spread}).items():
             if m == SPEECH or name not in ("rep", "beh"):  # written answers earn neither
@@ -1014,7 +1015,7 @@ def open_run(cfg, content):
     if not any(file.suffix != ".part" for file in Path(cfg.out).glob("*")):
         return {"run": run, "step": 0, "skipped": 0, "before": None, "after": None}
     if not (cfg.resume and path.exists()):
-        raise SystemExit(f"{cfg.out} exists: continue its run with --resume, or give another --out")
+        raise SystemExit(f"{cfg.out} exists: continue with --resume, or give another --out")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if other := sorted(name for name in run if name not in FREE and run[name] != state["run"].get(name)):
         raise SystemExit(f"--resume: {path} was made with other settings or data: {', '.join(other)}")
@@ -1073,25 +1074,24 @@ def main(arguments=None):
             p.data.copy_(saved)
         optimizer.load_state_dict(state.pop("optimizer"))
     sum_over_ranks(torch.zeros(1, device=DEVICE))  # a barrier: all have looked at --out
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     save_checkpoint(optimizer, state, cfg)
-    write_aside(out / "config.json", asdict(cfg))
+    write_aside(f"{cfg.out}/config.json", asdict(cfg))
     if not state["before"]:  # LoRA's B is still 0: this is the base model
         state["before"] = evaluate(lm, eval_questions, extract, cfg)
         save_checkpoint(optimizer, state, cfg)
     train(lm, questions, eval_questions, embedder, extract, optimizer, state, cfg)
-    before, after = state["before"], state["after"]
+    before, after, n = state["before"], state["after"], len(eval_questions)
     base_text = cfg.base_text_accuracy / 100 or before["text"]
     mrr = [modality_recovery_rate(accuracy["speech"], base_text) for accuracy in (before, after)]
-    write_aside(out / "summary.json", {
-        "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"], "text": after["text"],
-        "mrr_before": mrr[0], "mrr_after": mrr[1], "n_speech": len(eval_questions), "n_text": len(eval_questions),
+    write_aside(f"{cfg.out}/summary.json", {
+        "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"],
+        "text": after["text"], "mrr_before": mrr[0], "mrr_after": mrr[1], "n_speech": n, "n_text": n,
         "content": list(content.values())})
-    print(f"\n{len(eval_questions)} held-out questions".ljust(28) + f"{'speech %':>10}{'text %':>10}{'MRR %':>10}")
+    print(f"\n{n} held-out questions".ljust(28) + f"{'speech %':>10}{'text %':>10}{'MRR %':>10}")
     for name, accuracy, rate in zip(("before", "after"), (before, after), mrr):
         print(f"{name:<27}{100 * accuracy['speech']:>10.1f}{100 * accuracy['text']:>10.1f}{rate:>10.1f}")
-    print(f"adapter, log and samples are in {out}/")
+    print(f"adapter, log and samples are in {cfg.out}/")
     if RANKS > 1:
         dist.destroy_process_group()
 

@@ -580,7 +580,10 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     for p, b, g, a in zip(parameters, before, gradient, after):
         torch.testing.assert_close(a, b - g)
         p.data.copy_(b)
-    expected, _ = straightforward_step(lm, questions, answers, truncated, references, Config(**settings), parameters)
+    expected, terms = straightforward_step(lm, questions, answers, truncated, references, Config(**settings), parameters)
+    for name, weight in (("rep", Config(**settings).alpha), ("beh", Config(**settings).beta)):  # of two values: |a - b| / sqrt(2)
+        spread = (terms[name][:, 0, 0] - terms[name][:, 0, 1]).abs().mean().item() / math.sqrt(2)
+        assert metrics[f"spread_{name}"] == pytest.approx(spread if weight else 0, abs=1e-4)
     for ours, theirs in zip(gradient, expected):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
     assert references.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]  # the right written answer of each group
@@ -1323,14 +1326,16 @@ def test_unknown_family_is_told_which_are_known(tmp_path):
         SpeechLM.from_pretrained(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("family, parts", [
+@pytest.mark.parametrize("name, parts", [
     # The paper's and the hub's numbers: 8.93 B = text 7.07 + lm_head 0.55 + audio 0.64 + vision 0.68
-    (Qwen25Omni, {"layers or embeddings": 7.07, "lm_head": 0.545, "audio_tower": 0.64, "visual": 0.676}),
+    ("Qwen/Qwen2.5-Omni-7B", {"layers or embeddings": 7.07, "lm_head": 0.545, "audio_tower": 0.64, "visual": 0.676}),
     # 5.6 B = these 4.74 (the head is tied to the embeddings) + speech-lora 0.46 (r 320) + vision-lora 0.37 (r 256)
-    (Phi4Multimodal, {"layers or embeddings": 3.84, "audio_embed": 0.46, "image_embed": 0.44}),
+    ("microsoft/Phi-4-multimodal-instruct", {"layers or embeddings": 3.84, "audio_embed": 0.46, "image_embed": 0.44}),
+    # 36 layers of 77.1 M (q and o 2048 x 2048, k and v 2048 x 256, three times 2048 x 11,008) and 151,936 x 2048 embeddings
+    ("Qwen/Qwen2.5-Omni-3B", {"layers or embeddings": 3.086, "lm_head": 0.311, "audio_tower": 0.637, "visual": 0.668}),
 ])
-def test_default_architecture_has_the_real_models_size(family, parts):
-    settings, _ = evaluation.HUB_SETTINGS[family]
+def test_default_architecture_has_the_real_models_size(name, parts):
+    family, settings = evaluation.HUB_SETTINGS[name]
     with torch.device("meta"):
         model = family.model_class(family.model_class.config_class(**settings))
     counts = dict.fromkeys(parts, 0)
@@ -1558,7 +1563,7 @@ def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_
     process.wait()
     assert not (out / "summary.json").exists()
     flags = long_flags(small_demo, out)[1:]
-    with pytest.raises(SystemExit, match="exists: continue its run with --resume"):
+    with pytest.raises(SystemExit, match="exists: continue with --resume"):
         tars.main(flags)
     for other, says in ((["--lr", "0.5"], "lr"), (["--data", str(small_demo / "val")], "content of --data"),
                         (["--eval-data", str(small_demo / "val")], "content of --eval-data")):
@@ -1846,6 +1851,30 @@ def test_clips_that_are_no_16_bit_wav_are_read_too():
         assert abs(len(clip) - 16_000) < 2000 and 0.45 < clip[2000:-2000].abs().max() < 0.55
 
 
+def riff(*chunks):
+    """A WAV file of chunks (name, bytes), whose size field is that of an empty file, as a streaming recorder leaves it."""
+    return b"RIFF" + (36).to_bytes(4, "little") + b"WAVE" + b"".join(name + size.to_bytes(4, "little") + data for name, size, data in chunks)
+
+
+def test_wav_headers_of_streaming_recorders_are_read():
+    samples, form = tone(1, 16_000)[44:], tone(1, 16_000)[20:36]
+    for chunks in ([(b"data", 0, samples)], [(b"data", 2**32 - 1, samples)],  # never patched: sound until the end of the file
+                   [(b"LIST", 3, b"abc\0"), (b"data", 0, samples)], [(b"LIST", 3, b"abc\0"), (b"data", len(samples), samples)]):
+        assert len(decode_clip(riff((b"fmt ", 16, form), *chunks))) == 16_000
+    for chunks in ([(b"LIST", 3, b"abc"), (b"data", len(samples), samples)], [(b"data", 2, b"\0\0"), (b"data", len(samples), samples)]):
+        with pytest.raises(data_prep.Lost, match="unreadable"):  # no pad byte, a second data chunk: counted, and not cut
+            decode_clip(riff((b"fmt ", 16, form), *chunks))
+
+
+def test_columns_of_other_types_are_read(tmp_path, small_demo):
+    questions = load_questions(small_demo / "val")
+    features = datasets.Features(questions.features | {"answer_index": datasets.Value("int32"), "question": datasets.Value("large_string"),
+                                                       "options": datasets.List(datasets.Value("large_string"), length=4)})
+    questions.cast(features).save_to_disk(tmp_path / "data")
+    again = load_questions(tmp_path / "data")
+    assert again["options"] == questions["options"] and again["answer_index"] == questions["answer_index"] and again["question"] == questions["question"]
+
+
 def test_clip_that_is_cut_within_a_frame_keeps_its_whole_ones():
     assert len(decode_clip(tone(0.5, 16_000, channels=2)[:-1])) in (7999, 8000)
 
@@ -1873,7 +1902,7 @@ def test_tars_source(tmp_path, capsys):
     row = {"key": "k0", "question_id": "0", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "question_for_tts": "Who?",
            "prompt_for_tts": "Who? Option A: w ...", "audio": tone(1.0, 44_100, channels=2), "tts_wer": 0.05, "tts_retries": 1}
     replica(tmp_path / "hub" / "train.parquet", [
-        row, row | {"key": "k1", "audio": tone(1.5, 24_000)}, row | {"key": "broken", "audio": b"RIFFno"}, row | {"key": "none", "audio": b""},
+        row, row | {"key": "k1", "question": "When?", "audio": tone(1.5, 24_000)}, row | {"key": "broken", "audio": b"RIFFno"}, row | {"key": "none", "audio": b""},
         row | {"key": "silent", "audio": wav(np.zeros((16_000, 1), int))}, row | {"key": "long", "audio": tone(2.1, 16_000)},
         row | {"key": "short", "audio": tone(0.01, 16_000)}, row | {"key": "five", "options": list("vwxyz")},
         row | {"key": "range", "answer_index": 4}, row | {"key": "blank", "question": " "}, row | {"key": "hole", "options": ["w", "", "y", "z"]},
@@ -1990,14 +2019,14 @@ def test_only_the_sources_own_split_of_a_local_copy_is_taken(tmp_path, capsys):
 
 def test_columns_that_are_null_at_first_keep_their_type(tmp_path, capsys):
     row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": tone(1, 16_000)}
-    replica(tmp_path / "train.parquet", [row | {"key": f"k{i}", "tts_wer": None if i < 3 else 0.05} for i in range(4)])
+    replica(tmp_path / "train.parquet", [row | {"key": f"k{i}", "question": f"Who is {i}?", "tts_wer": None if i < 3 else 0.05} for i in range(4)])
     prepare(capsys, "tars", "--origin", tmp_path / "train.parquet", "--out", tmp_path / "data")
     assert load_questions(tmp_path / "data")["tts_wer"] == [None, None, None, 0.05]
 
 
 def test_disk_is_measured_before_the_work_starts(tmp_path, capsys, monkeypatch):
     row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": tone(10, 16_000)}
-    replica(tmp_path / "train.parquet", [row | {"key": f"k{i}"} for i in range(50)])
+    replica(tmp_path / "train.parquet", [row | {"key": f"k{i}", "question": f"Who is {i}?"} for i in range(50)])
     monkeypatch.setattr(data_prep.shutil, "disk_usage", lambda path: SimpleNamespace(free=0.02 * 2**30))
     # 50 clips of 10 s at 32,000 bytes a second are 16 MB, twice: 0.0298 GiB
     with pytest.raises(SystemExit, match="0.02 GiB free, about 0.03 are needed"):
@@ -2027,6 +2056,42 @@ def test_ones_own_questions_with_recordings(tmp_path, capsys):
     assert row["prompt_for_tts"].startswith("Who is 007?\n\nOption A: NA")
 
 
+TABLE = "question,A,B,C,D,answer,wav\nWho?,w,x,y,z,C,1.wav\n"
+
+
+@pytest.mark.parametrize("text, lost", [
+    (TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}), ("sep=,\n" + TABLE, {}), ("sep=;\n" + TABLE.replace(",", ";"), {}),
+    (TABLE + "When?,w,x,y,z,C,\n", {"no recording, and no dash that asks for a voice": 1}), (TABLE + "When?,w,x,y\n", {"the answer is none of the options": 1}),
+    (TABLE + ",,,,,,\n,,,,,,\n", {"the answer is none of the options": 2}), (TABLE + TABLE.splitlines()[1] + "\n", {"word for word an earlier row": 1}),
+    (TABLE + "When?,w,x,x,z,A,1.wav\n", {"two equal options": 1}),
+], ids=["a comma too many", "Excel's sep", "semicolons", "no recording", "a short row", "blank rows", "an equal row", "equal options"])
+def test_rows_of_a_table_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, monkeypatch, text, lost):
+    monkeypatch.setattr(data_prep, "Voice", lambda *args: pytest.fail("no row asks for a voice"))
+    (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
+    (tmp_path / "questions.csv").write_text(text)
+    printed = table(prepare(capsys, "csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data"))
+    assert printed == {"rows in": 1 + sum(lost.values()), "rows out": 1, "hours of audio": 0.0} | {f"left out: {reason}": n for reason, n in lost.items()}
+    (row,) = load_questions(tmp_path / "data")
+    assert row["question"] == "Who?" and row["seconds"] == 1.0
+
+
+def test_a_dash_in_a_table_with_recordings_asks_for_a_voice(tmp_path, capsys, monkeypatch):
+    voice = CountingVoice()
+    monkeypatch.setattr(data_prep, "Voice", lambda *args: voice)
+    monkeypatch.setattr(data_prep, "Listener", lambda *args: Echo(voice))
+    (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
+    (tmp_path / "questions.csv").write_text(TABLE + "When?,w,x,y,z,C,-\nWhere?,w,x,y,z,C,\n")
+    printed = table(prepare(capsys, "csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data"))
+    assert printed["rows out"] == 2 and len(voice.seeds) == 2  # the first reading of row 1 is heard wrong
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_table_of_another_encoding_is_told(tmp_path, encoding):
+    (tmp_path / "questions.csv").write_text(TABLE.replace("Who?", "Où est-il?"), encoding=encoding)
+    with pytest.raises(SystemExit, match="save it as UTF-8"):
+        data_prep.main(["csv", "--origin", str(tmp_path / "questions.csv"), "--out", str(tmp_path / "data")])
+
+
 def test_ones_own_questions_without_recordings_are_spoken(tmp_path, capsys, monkeypatch):
     (tmp_path / "questions.csv").write_text("question,A,B,C,D,answer\nWho?,w,x,y,z,C\n")
     voice = CountingVoice()
@@ -2038,7 +2103,7 @@ def test_ones_own_questions_without_recordings_are_spoken(tmp_path, capsys, monk
 
 def test_conversion_goes_on_with_another_limit_and_another_spelling_of_the_path(tmp_path, capsys, monkeypatch):
     row = {"key": "k", "question": "Who?", "options": ["w", "x", "y", "z"], "answer_index": 2, "prompt_for_tts": "p", "audio": tone(1, 16_000)}
-    replica(tmp_path / "hub" / "train.parquet", [row | {"key": f"k{i}"} for i in range(4)])
+    replica(tmp_path / "hub" / "train.parquet", [row | {"key": f"k{i}", "question": f"Who is {i}?"} for i in range(4)])
     monkeypatch.setattr(datasets.Dataset, "from_list", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--limit", 2)
@@ -2082,7 +2147,7 @@ class Echo:
 
 def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_path, capsys, monkeypatch):
     row = {"question": "The capital of France is ____.", "subject": "geography", "choices": ["Rome", "Paris", "Bonn", "Bern"], "answer": 1}
-    rows = [row, row, row, row | {"choices": ["a", "b", "c"]}, row | {"question": "long " * 500}, row | {"question": "2 + 2 = ___, 5 - ___ = 1?"}]
+    rows = [row, row | {"question": "Which is it?"}, row | {"question": "What else?"}, row | {"choices": ["a", "b", "c"]}, row | {"question": "long " * 500}, row | {"question": "2 + 2 = ___, 5 - ___ = 1?"}]
     replica(tmp_path / "hub" / "all" / "auxiliary_train-00000-of-00001.parquet", rows)
     arguments = ("mmlu", "--origin", tmp_path / "hub", "--tries", 3, "--out")
     voices = []
@@ -2091,7 +2156,7 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
     monkeypatch.setattr(data_prep, "Listener", lambda *args: Echo(voices[-1]))
     voices.append(CountingVoice())
     printed = prepare(capsys, *arguments, tmp_path / "whole")
-    assert table(printed) == {"rows in": 6, "rows out": 3, "hours of audio": 0.0, "left out: not understood by Whisper in 3 tries": 1,
+    assert table(printed) == {"rows in": 6, "rows out": 3, "hours of audio": 0.0, "left out: option d not heard, 3 tries": 1,
                               "left out: other than four options": 1, "left out: longer than 2000 characters": 1}
     assert [seed[1:] for seed in voices[0].seeds] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (5, 0)]
     data = load_questions(tmp_path / "whole")
@@ -2122,8 +2187,20 @@ def test_a_reading_is_kept_below_ten_percent_of_wrong_words():
     listener.transcribe = lambda waveform: args.voice.text.replace("sum", "some")
     assert data_prep.from_mmlu(0, row, args)["tts_wer"] == 0.05
     listener.transcribe = lambda waveform: args.voice.text.replace("sum", "some").replace("two", "too")
-    with pytest.raises(data_prep.Lost, match="not understood"):
+    with pytest.raises(data_prep.Lost, match=r"word error rate of 10 % or more, 1 tries \(at last 10%: .*some of these too"):
         data_prep.from_mmlu(0, row, args)
+    listener.transcribe = lambda waveform: args.voice.text.replace("Option D", "Option B")
+    with pytest.raises(data_prep.Lost, match=r"(?s)option d not heard, 1 tries \(at last 5%: .*Option B: Bern"):
+        data_prep.from_mmlu(0, row, args)
+
+
+def test_voice_and_listener_that_do_not_fit_are_told_after_ten_rows(tmp_path, capsys, monkeypatch):
+    (tmp_path / "questions.csv").write_text("question,A,B,C,D,answer\n" + "".join(f"Who is number {i}?,w,x,y,z,C\n" for i in range(12)))
+    monkeypatch.setattr(data_prep, "Voice", lambda *args: CountingVoice())
+    monkeypatch.setattr(data_prep, "Listener", lambda *args: SimpleNamespace(transcribe=lambda waveform: "noise"))
+    with pytest.raises(SystemExit, match="no row .* is left: option d not heard, 2 tries"):
+        data_prep.main(["csv", "--origin", str(tmp_path / "questions.csv"), "--tries", "2", "--out", str(tmp_path / "data")])
+    assert capsys.readouterr().out.count("none of the first ten rows is kept: facebook/mms-tts-eng and openai/whisper-medium do not fit") == 1
 
 
 def test_sources_say_what_is_wrong_with_their_origin(tmp_path, capsys):
@@ -2358,7 +2435,10 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
     assert [float(base[i]) for i in (1, 4, 7, 10)] == [pytest.approx(share(f"base-{d}", m), abs=0.051) for d in ("test", "val") for m in tars.MODALITIES]
     text = (share("base-test", "text") + share("base-val", "text")) / 2
     assert float(tuned[-1]) == pytest.approx(50 * (share("a-test", "speech") + share("a-val", "speech")) / text, abs=0.1)
-    assert float(base[-4]) == pytest.approx((share("base-test", "speech") + share("base-val", "speech")) / 2, abs=0.051)
+    assert float(base[-6]) == pytest.approx((share("base-test", "speech") + share("base-val", "speech")) / 2, abs=0.051)
+    own = [[r for d in ("test", "val") for r in records[f"base-{d}"] if r["modality"] == m] for m in tars.MODALITIES]
+    assert base[-3] == "/".join(f"{100 * np.mean([r['cut'] for r in some]):.1f}" for some in own)
+    assert base[-2] == "/".join(f"{np.mean([r['tokens'] for r in some]):.0f}" for some in own) and 5 < own[0][0]["tokens"] <= 26
     # stopped in the middle of a batch, in the middle of a line: the same file again
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[: len(whole) // 2])
