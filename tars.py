@@ -102,7 +102,7 @@ class Config:
     temperature: float = setting(1.0, "sampling temperature, no top-k or top-p", "Table 5")
     # rewards and advantages
     alpha: float = setting(1.0, "weight of R_rep", "Eq. (2)")
-    beta: float = setting(1.0, "weight of R_beh; no KL term", "Eq. (2)")
+    beta: float = setting(1.0, "weight of R_beh", "Eq. (2)")
     lam: float = setting(0.5, "lambda, weight of R_fmt", "Eq. (3)")
     layers: str = setting("all", "layers in R_rep, `all` or such as 11-20", "Eq. (5), Figure 3")
     embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a model, or `ngrams`", "Eq. (6)")
@@ -187,16 +187,16 @@ def pool_hidden_states(hidden, completion_mask):
 
 def pick_references(text_correct, generator=None):
     """y*_text of Eq. (5) and (6): for each spoken answer a correct written one of its group, drawn at random.
-    text_correct: bool [B, G/2] -> index of a written answer, long [B, G/2]; -1 where no one is correct.
+    text_correct: bool [B, G/2] -> index of a written answer, long [B, G/2]; -1 where none is correct.
     """
     none = ~text_correct.any(-1, keepdim=True)  # [B, 1]
-    chances = text_correct.float() + none.float()  # [B, G/2]; where none is correct, -1 below
+    chances = text_correct.float() + none.float()  # [B, G/2]; without any, masked below
     drawn = torch.multinomial(chances, text_correct.shape[-1], replacement=True, generator=generator)  # [B, G/2]
     return drawn.masked_fill(none, -1)
 
 
 def reference_features(written, references):
-    """Of each spoken answer's reference: features [B, G/2, ...], references [B, G/2] -> [B, G/2, ...].
+    """What belongs to each spoken answer's reference: [B, G/2, ...], references [B, G/2] -> [B, G/2, ...].
     Where the reference is -1 they are 0: so is the cosine with them.
     """
     chosen = written[torch.arange(len(written), device=written.device)[:, None], references]  # [B, G/2, ...]
@@ -234,7 +234,7 @@ def modality_advantages(rewards, joint=False):
 
 def token_weights(completion_mask, truncated):
     """DAPO's mean over tokens: each token's weight. completion_mask [..., T], truncated [...] -> [..., T].
-    A cut answer (truncated) keeps its reward and counts in the mean of Eq. (7), but not in the loss.
+    A cut answer keeps its reward and counts in Eq. (7), but not in the loss: DAPO's overlong filter.
     w_{i,t} = 1 / sum_{j not cut} |y_j|, and 0 where nothing is learnt: padding and cut answers
     """
     learnt = completion_mask * ~truncated[..., None]  # [..., T]
@@ -596,8 +596,8 @@ def option_at(text, options, ends=ENDS):
     """The letter of the option whose words a text begins with: the longest; "" if none or two do."""
     words = ["(?:an? |the )?" + r"\s*".join(map(re.escape, "".join(option.split()))) for option in options]
     for case in ("", "(?i)"):
-        matches = [re.match(case + word + ends, text) for word in words]
-        lengths = [len(match[0]) if match else 0 for match in matches]
+        found = [re.match(case + word + ends, text) for word in words]
+        lengths = [len(match[0]) if match else 0 for match in found]
         if max(lengths) and lengths.count(max(lengths)) == 1:
             return LETTERS[lengths.index(max(lengths))]
     return ""
@@ -615,14 +615,15 @@ def extract_answer(completion, options):
     text = "\n".join(re.findall(r"(?is)<answer>(.*?)(?=</?answer|$)", text) or [text])
     markup = (r"</?\w+>|\\[()\[\]]|\\(?:text|math|d?frac)\w*|(?m:^#+ |^\s*\d+[.)](?= ))"
               r"|[*_`$\\{}\"“”]|(?<=\d),(?=\d{3})")  # and the commas of thousands
-    text, *options = (re.sub(markup, "", x.replace("’", "'").replace(r"\boxed", "answer: ")) for x in (text, *options))
+    written = [x.replace("’", "'").replace(r"\boxed", "answer: ") for x in (text, *options)]
+    text, *options = (re.sub(markup, "", x) for x in written)
     options = [re.sub(r"(?i)^(?:an?|the) ", "", option.strip(" .\n")) for option in options]
     chosen = option_at(text.strip(), options, r"[\s.!]*$")
     text = re.sub(r"(?m)^.*\bA[.):] .*\bB[.):] .*\bC[.):] .*$", "", text)  # a list of options in one line
     text = re.sub(r"(?i)(\b(?:answer|is):?)\W*\n+(?!.*\n\W*[A-D][.):])", r"\1: ", text)  # a heading
     label = r"(?im)^\W*(?:Option )?([A-D])(?:[.):].*|\W*)$"
-    if len({*re.findall(label, text.upper())}) > 1:  # a list of options, cut or whole
-        text = re.sub(label, "", text)
+    if len({*re.findall(label, text.upper())}) > 1:
+        text = re.sub(label, "", text)  # a list of options, cut or whole
     for clause in re.split(r"(?i)\n|(?<=[.!?;])(?<!\b[A-D]\.)\s+|[.,] (?=(?:so|but|thus|oh|wait|no)\b)", text):
         announced, pointed = ([None, *re.finditer(form, clause)][-1] for form in (ANNOUNCED, POINTED))
         opening = announced or pointed
@@ -799,8 +800,6 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, state, cf
 
 
 # ==== The method ends here. What follows is what a run needs. ====
-
-
 # ==== 8. Model families ====
 def load_model(kind, path, device=DEVICE, dtype=None, **options):
     """A model of transformers' class `kind`, in its checkpoint's dtype on a GPU, in float32 elsewhere.
@@ -940,7 +939,7 @@ def step_means(terms, letters, references):
     means["no_reference"] = (references[:, 0] < 0).float().mean().item()
     for m, modality in enumerate(MODALITIES):
         for name, x in (terms | {"unparsed": unparsed, "no_spread": no_spread}).items():
-            if m == SPEECH or name not in ("rep", "beh"):  # written answers earn neither
+            if m != TEXT or name not in ("rep", "beh"):  # written answers earn neither
                 means[f"{name}_{modality}"] = x[:, m].float().mean().item()
     return means
 
@@ -953,7 +952,7 @@ def first_group(question, completions, terms, references):
         group[modality] = []
         for s, reference in enumerate(references[0].tolist()):
             answer = {"completion": next(said)} | {name: x[0, m, s].item() for name, x in terms.items()}
-            group[modality].append(answer | ({"reference": reference} if m == SPEECH else {}))
+            group[modality].append(answer | ({"reference": reference} if m != TEXT else {}))
     return group
 
 
@@ -1019,8 +1018,8 @@ def open_run(cfg, content):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if other := sorted(name for name in run if name not in FREE and run[name] != state["run"].get(name)):
         raise SystemExit(f"--resume: {path} was made with other settings or data: {', '.join(other)}")
-    for name, size in state["sizes"].items() if RANK == 0 else ():  # what came later is done again
-        os.truncate(path.with_name(name), size)
+    for name, size in state["sizes"].items() if RANK == 0 else ():
+        os.truncate(path.with_name(name), size)  # what came later is done again
     return state | {"run": run}
 
 
@@ -1045,8 +1044,8 @@ def parse_config(arguments=None):
     model = Path(parser.parse_args(arguments).model)
     if str(model) == Config.model and not model.exists():
         print(f"{model.parent} does not exist: building the offline demo (once, about 2 minutes)")
-        program = Path(__file__).with_name("data_prep.py")
-        subprocess.run([sys.executable, program, "demo", "--out", model.parent], check=True)
+        build = [Path(__file__).with_name("data_prep.py"), "demo", "--out", model.parent]
+        subprocess.run([sys.executable, *build], check=True)
     if (model / "tars_config.json").exists():
         own = json.loads((model / "tars_config.json").read_text())
         parser.set_defaults(**own | {k: os.path.normpath(model / own[k]) for k in ("data", "eval_data") if k in own})
@@ -1057,14 +1056,15 @@ def main(arguments=None):
     """Evaluate, train, evaluate again, and print what became of the gap."""
     cfg = parse_config(arguments)
     if RANKS > 1:  # under torchrun: each on its own GPU, and only the first one prints
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if DEVICE == "cuda" else None
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(days=1))  # one may still evaluate
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     content = {"content of --data": questions._fingerprint, "content of --eval-data": eval_questions._fingerprint}
     state = open_run(cfg, content)
-    known = set(questions["question"])
-    if seen := sum(question in known for question in eval_questions["question"]):
+    seen = sum(map(set(questions["question"]).__contains__, eval_questions["question"]))
+    if seen:
         print(f"{seen} of {len(eval_questions)} questions of --eval-data are in --data too: not held out")
     embedder, extract = load_embedder(cfg) if cfg.beta else None, load_extractor(cfg)
     lm = SpeechLM.from_pretrained(cfg.model)
