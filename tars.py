@@ -74,7 +74,7 @@ SAMPLE_RATE = 16_000
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BFLOAT16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # no T4, no V100
-transformers.logging.set_verbosity_error()  # what it warns of while loading, load_model refuses
+transformers.logging.set_verbosity_error()  # load_model refuses what this would warn of
 
 
 # ==== 1. Config: the paper's Table 5 ====
@@ -85,7 +85,7 @@ def setting(default, meaning, paper=""):
 
 @dataclass
 class Config:
-    """Every hyper-parameter, and a flag for each. The default is the paper's where a place is given.
+    """Every hyper-parameter, and a flag for each. Numbers are the paper's where a place is given.
     A model directory's tars_config.json replaces defaults, and flags replace both.
     """
 
@@ -131,7 +131,7 @@ class Config:
     sample_every: int = setting(20, "show a group every so many steps; 0 is never")
 
     def __post_init__(self):
-        """Refuse numbers that would train on wrongly."""
+        """Refuse numbers that would train wrongly."""
         for name, value in asdict(self).items():
             if isinstance(value, float | int) and not 0 <= value < math.inf:
                 raise SystemExit(f"--{name} {value}: give a finite number, 0 or more")
@@ -145,8 +145,8 @@ class Config:
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
     """Eq. (1): speech accuracy as a share of the text backbone's accuracy in writing, in percent.
     The backbone is the text LLM of which the speech LLM was made: 77.70 % for Qwen2.5-Omni in the paper, which
-    itself reaches 76.17 % in writing. Without --base-text-accuracy the second stands in for the first, the
-    trained policy's accuracy never. nan if it is 0.
+    itself reaches 76.17 % in writing. Without --base-text-accuracy it is the second, before training; it is
+    never the trained policy's. nan if it is 0.
     MRR = Acc_speech(model) / Acc_text(backbone) * 100 %
     """
     return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else math.nan
@@ -170,7 +170,7 @@ def base_reward(acc, fmt, lam=0.5):
 
 def format_reward(completion):
     """R_fmt of Eq. (3): 1.0 if all of it is <think>...</think><answer>... The answer is X. ...</answer>, else 0.
-    X is A, B, C or D; a colon or a comma may stand for the full stop, and white space around both parts.
+    X is A, B, C or D; a colon or comma may replace the full stop, and white space may stand around parts.
     """
     form = r"(?s)<think>.*?</think>\s*<answer>.*?The answer is [ABCD][.:,].*</answer>"
     return 1.0 if re.fullmatch(form, completion.strip()) else 0.0
@@ -196,7 +196,7 @@ def pick_references(text_correct, generator=None):
 
 
 def reference_features(written, references):
-    """What belongs to each spoken answer's reference: [B, G/2, ...], references [B, G/2] -> [B, G/2, ...].
+    """Features of each spoken answer's reference: [B, G/2, ...], references [B, G/2] -> [B, G/2, ...].
     Where the reference is -1 they are 0: so is the cosine with them.
     """
     chosen = written[torch.arange(len(written), device=written.device)[:, None], references]  # [B, G/2, ...]
@@ -259,7 +259,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     """One step of TARS on B questions. Returns the numbers to log, and the first group to read.
     Tensors of answers are [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
     """
-    # 1. Embed both prompts of every question. The encoder is frozen: once serves roll-out and update.
+    # 1. Embed both prompts of every question. The encoder is frozen: once is enough for a step.
     prompts = lm.embed_prompts(questions)  # B lists of M prompts [P, H]
 
     # 2. Roll out: the model answers every prompt G/2 times.
@@ -268,7 +268,7 @@ def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
     completions = lm.detokenize(completion_ids, completion_mask)  # B * M * G/2 strings
     token_w = token_weights(completion_mask, truncated)  # [B, M, G/2, C]
 
-    # 3. What needs only the text: R_base, Eq. (3); y*, no cut answer; R_beh, Eq. (6), of spoken answers.
+    # 3. From the text alone: R_base, Eq. (3); y*, never a cut answer; R_beh, Eq. (6), of spoken answers.
     letters, acc, fmt = judge(questions, completions, extract)  # `extract`: the answer extractor
     acc, fmt = (x.to(lm.device).view(truncated.shape) for x in (acc, fmt))  # [B, M, G/2]
     base = base_reward(acc, fmt, cfg.lam)  # [B, M, G/2]
@@ -337,7 +337,7 @@ def layer_weights(layers, L):
 
 
 def micro_batches(prompts, completion_mask, budget):
-    """Questions in forward passes of at most `budget` tokens with padding; similar lengths share one.
+    """Questions in passes of at most `budget` tokens, a longer one alone; similar lengths share one.
     prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C] -> lists of question indices.
     """
     tokens = [sum(map(len, question)) + n for question, n in zip(prompts, completion_mask.sum((1, 2, 3)).tolist())]
@@ -528,10 +528,10 @@ def paired_rows(prompt_lengths, is_token):
     index = torch.arange(ends.max(), device=is_token.device).repeat(b, 1)  # [b, T]
     part = torch.searchsorted(ends, index, right=True)  # [b, T]
     prompt = part // (1 + samples) * (1 + samples)  # [b, T], the prompt of a token's part
-    begin, first, answers = (starts.gather(1, x) for x in (part, prompt, prompt + 1))  # [b, T]
+    begin, prompt_start, answers_start = (starts.gather(1, x) for x in (part, prompt, prompt + 1))  # [b, T]
     is_answer = part != prompt  # [b, T]
-    position_ids = index - begin + is_answer * (answers - first)  # [b, T]
-    predictor = torch.where(index == begin, answers, index) - 1  # [b, T]; the prompt's last for a first token
+    position_ids = index - begin + is_answer * (answers_start - prompt_start)  # [b, T]
+    predictor = torch.where(index == begin, answers_start, index) - 1  # [b, T]; the prompt's last for a first token
     own = (part[:, :, None] == part[:, None]) | (prompt[:, :, None] == part[:, None])  # [b, T, T]
     return own.tril()[:, None], position_ids, predictor.masked_fill(~is_answer, -1)
 
@@ -555,7 +555,7 @@ class LoRALinear(nn.Module):
 
 def attach_lora(lm, rank, alpha):
     """Wrap every linear layer of the LLM. Returns the trainable parameters.
-    Only under `layers`: Phi's decoder also holds the audio encoder, and Qwen's has a q_proj too.
+    Only under `layers`: Phi's decoder also holds the audio encoder.
     """
     for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
@@ -568,14 +568,14 @@ def attach_lora(lm, rank, alpha):
 
 
 # ==== 6. Answer extractor, Eq. (3), and E, Eq. (6) ====
-# Opens a statement of the answer, which comes next; may open one.
+# ANNOUNCED opens a statement of the answer, POINTED may open one.
 ANNOUNCED = (
     r"(?i)\b(?:answer|solution|(?:correct|right|best) (?:option|choice|one))\b[^.:=\n]{,60}?"
     r"(?:\b(?:is|be)\b|[:=])(?! (?:correct|right)\b)")
 POINTED = (
     r"(?i)\b(?:choose|pick|select|say|go with|(?:points|corresponds) to|matches|it's|it is|(?:must|has to) be)\b"
     r"|\b(?=[A-D]\b[^,;.\n]{,40}? is (?:the )?(?:only |most )?(?:correct|right|best|answer)\b)")
-# Before a statement: is skipped; denies, doubts or reports it. Takes back what was said.
+# FILLED is skipped before an answer. HEDGED denies, doubts or reports it. RETRACTED takes it back.
 FILLED = (
     r"(?i)(?:[\s:(\[]|\b(?:so|thus|therefore|hence|no(?=,)|indeed|only|most|likely|probably|that"
     r"|option|choice|answer)\b,?)*")
@@ -585,7 +585,7 @@ HEDGED = (
 RETRACTED = (
     r"(?i)^\W*(?:no,? |oh,? )?wait\b|\b(?:not|no longer) sure\b|\b(?:second thought|mistake|forget|scratch)\b"
     r"|\bedit:|\b(?:that|this|it|so [A-D])(?:'s| is| was) (?:wrong|incorrect|not (?:correct|right))\b")
-# May follow an option's words. A letter as an answer: no article, no part of a name such as C# or A+.
+# ENDS may follow an option's words. LETTER, an answer: no article, no part of a name such as C# or A+.
 ENDS = (
     r"(?=\W*$|[)\].:!]+(?:\s|$)| [–—-] "
     r"|,? (?:because|since|as|which|is|for|with|in|not|the|and it)\b)")
@@ -802,7 +802,7 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, state, cf
 # ==== The method ends here. What follows is what a run needs. ====
 # ==== 8. Model families ====
 def load_model(kind, path, device=DEVICE, dtype=None, **options):
-    """A model of transformers' class `kind`, in its checkpoint's dtype on a GPU, in float32 elsewhere.
+    """A model of transformers' class `kind`: in its checkpoint's dtype if the GPU has bfloat16, else float32.
     Refused: a tensor that the checkpoint lacks (it would be random), a layer that config.json lacks (it would
     be left out). Tensors of other parts, such as the talker, may be left over.
     """
@@ -826,7 +826,7 @@ class Qwen25Omni:
     after_user = "<|im_end|>\n<|im_start|>assistant\n"
     before_audio, after_audio = "<|audio_bos|>", "<|audio_eos|>"
     end_of_turn = ("<|im_end|>", "<|endoftext|>")
-    load = staticmethod(partial(load_model, model_class))  # of a full checkpoint the thinker
+    load = staticmethod(partial(load_model, model_class))  # a full checkpoint's thinker only
 
     @staticmethod
     def placeholders(config):
@@ -1003,7 +1003,7 @@ def save_checkpoint(optimizer, state, cfg):
     write_aside(Path(cfg.out) / "checkpoint.pt", buffer.getvalue())
 
 
-# May differ in a resumed run: no number depends on them. Data is known by its content.
+# May differ in a resumed run: no step depends on them beyond rounding. Data is known by its fingerprint.
 FREE = {"out", "resume", "data", "eval_data", "save_every", "eval_every", "sample_every", "aux_device",
         "base_text_accuracy", "tokens_per_micro_batch", "eval_batch", "gradient_checkpointing"}
 
@@ -1018,8 +1018,8 @@ def open_run(cfg, content):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if other := sorted(name for name in run if name not in FREE and run[name] != state["run"].get(name)):
         raise SystemExit(f"--resume: {path} was made with other settings or data: {', '.join(other)}")
-    for name, size in state["sizes"].items() if RANK == 0 else ():
-        os.truncate(path.with_name(name), size)  # what came later is done again
+    for log in Path(cfg.out).glob("*.jsonl") if RANK == 0 else ():
+        os.truncate(log, state["sizes"].get(log.name, 0))  # what came later is done again
     return state | {"run": run}
 
 
@@ -1039,7 +1039,7 @@ def mean_over_ranks(metrics):
 
 # ==== 12. The command ====
 def parse_config(arguments=None):
-    """Command line -> Config. The offline demo is built where its model is asked for and not there."""
+    """Command line -> Config. The offline demo is built if its model is asked for but missing."""
     parser = transformers.HfArgumentParser(Config)
     model = Path(parser.parse_args(arguments).model)
     if str(model) == Config.model and not model.exists():
@@ -1058,7 +1058,7 @@ def main(arguments=None):
     if RANKS > 1:  # under torchrun: each on its own GPU, and only the first one prints
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(days=1))  # one may still evaluate
+        dist.init_process_group(timeout=timedelta(days=1))  # ranks wait for each other
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     content = {"content of --data": questions._fingerprint, "content of --eval-data": eval_questions._fingerprint}

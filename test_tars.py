@@ -1555,9 +1555,10 @@ def wait_for_steps(process, out, steps):
         time.sleep(0.005)
 
 
-def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_path):
+@pytest.mark.parametrize("save_every", ["0.3", "1000"])  # after the second the checkpoint is that of step 0, and the log is longer
+def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_path, save_every):
     out = tmp_path / "run"
-    process = start(small_demo, out, "--save-every", "0.3")
+    process = start(small_demo, out, "--save-every", save_every)
     wait_for_steps(process, out, 3)
     process.kill()
     process.wait()
@@ -3675,14 +3676,14 @@ MISTAKES = [  # exercise, function, what is written instead of what, and a piece
     ("09", "paired_rows", "own.tril()", "own", "sees the future"),
     ("09", "paired_rows", "own.tril()[:, None]", "own.tril()[:1, None].expand(b, -1, -1, -1)", "the first one's for all"),
     ("09", "paired_rows", "own.tril()[:, None]", "own.tril()[:, None].float()", "of type bool"),
-    ("09", "paired_rows", "index - begin + is_answer * (answers - first)", "index - begin", "yours start at 0"),
-    ("09", "paired_rows", "index - begin + is_answer * (answers - first)", "index - first", "the answer beside it"),
-    ("09", "paired_rows", "torch.where(index == begin, answers, index) - 1", "torch.where(index == begin, answers - 1, index)", "the index of the token that predicts"),
+    ("09", "paired_rows", "index - begin + is_answer * (answers_start - prompt_start)", "index - begin", "yours start at 0"),
+    ("09", "paired_rows", "index - begin + is_answer * (answers_start - prompt_start)", "index - prompt_start", "the answer beside it"),
+    ("09", "paired_rows", "torch.where(index == begin, answers_start, index) - 1", "torch.where(index == begin, answers_start - 1, index)", "the index of the token that predicts"),
     ("09", "paired_rows", "~is_answer, -1", "~is_answer & (index == begin), -1", "-1 at the prompts'"),
     ("09", "paired_rows", "own.tril()", "torch.ones_like(own).tril()", "another answer to the same prompt"),
     ("09", "paired_rows", " | (prompt[:, :, None] == part[:, None])", "", "the whole of its own prompt"),
-    ("09", "paired_rows", "index - begin + is_answer * (answers - first)", "index", "positions start again"),
-    ("09", "paired_rows", "torch.where(index == begin, answers, index) - 1", "index - 1", "what stands beside it"),
+    ("09", "paired_rows", "index - begin + is_answer * (answers_start - prompt_start)", "index", "positions start again"),
+    ("09", "paired_rows", "torch.where(index == begin, answers_start, index) - 1", "index - 1", "what stands beside it"),
     ("10", "train_step", "logps.detach()", "logps", "the gradient is 0"),
     ("10", "train_step", "cfg.joint_norm)", "True)", "over both together"),
     ("10", "train_step", "base[batch], rep[batch], beh[batch]", "base[batch], 0 * rep[batch], beh[batch]", "R_rep is missing"),
