@@ -2278,11 +2278,11 @@ def test_word_error_rate_by_hand():
     # tall -> tell (substituted), a word dropped, a word added: 3 of 6 words
     assert data_prep.word_error_rate("red green blue tall small thin", "red blue tell small thin thin") == pytest.approx(3 / 6)
     assert data_prep.word_error_rate("It's 2 o'clock, isn't it?", "it is two oclock is not it") == 0
-    assert data_prep.reading_error("who option d x", "who option d x") == 0
-    assert data_prep.reading_error("who option d x", "who option x") == 1.0
+    assert data_prep.reading_error("who option d x", "who option d x") == (0, False)
+    assert data_prep.reading_error("who option d x", "who option x") == (0.25, True)  # one word of four
     asked = "which option describes it option d x"  # "option describes" is no option d
-    assert data_prep.reading_error(asked, "which option describes it") == 1.0 and data_prep.reading_error(asked, asked) == 0
-    assert data_prep.reading_error("is option d right option d x", "is option d right") == 1.0
+    assert data_prep.reading_error(asked, "which option describes it") == (3 / 7, True) and data_prep.reading_error(asked, asked) == (0, False)
+    assert data_prep.reading_error("is option d right option d x", "is option d right") == (3 / 7, True)
 
 
 def test_blanks_are_said_as_words():
