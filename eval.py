@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import textwrap
 import time
@@ -42,12 +41,11 @@ from transformers.utils import cached_file
 
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
 from tars import BFLOAT16, DEVICE, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
-from tars import LoRALinear, embed_ngrams, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line
-from tars import attach_lora, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
+from tars import LoRALinear, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line, attach_lora
+from tars import embed_ngrams, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
 from tars import load_extractor, load_questions, make_trainable, modality_advantages, modality_recovery_rate, pad_left
-from tars import parse_config, positions
-from tars import question_batches, read_clip, reference_features, representation_reward, token_weights, train_step
-from tars import write_aside
+from tars import parse_config, positions, question_batches, read_clip, reference_features, representation_reward
+from tars import token_weights, train_step, write_aside
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -640,8 +638,12 @@ def random_weights(args):
         metrics, _ = train_step(lm, questions, embed_ngrams, extract_answers, optimizer, cfg, generator)
         total = clock() - start
         tokens = sum(metrics[f"length_{m}"] for m in MODALITIES) * len(questions) * cfg.group_size / 2
-        peak = torch.cuda.max_memory_reserved() if DEVICE == "cuda" else resource.getrusage(
-            resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if DEVICE == "cuda":
+            peak = torch.cuda.max_memory_reserved()
+        else:
+            import resource  # Windows has none: the rest of this file runs there
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         numbers = (*phases.values(), total - sum(phases.values()), total, tokens / total, peak / 2**30)
         print(f"{step + 1:>15}" + "".join(f"{x:>15.2f}" for x in numbers), flush=True)
 

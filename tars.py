@@ -1063,8 +1063,8 @@ def main(arguments=None):
     questions, eval_questions = load_questions(cfg.data), load_questions(cfg.eval_data)
     content = {"content of --data": questions._fingerprint, "content of --eval-data": eval_questions._fingerprint}
     state = open_run(cfg, content)
-    seen = sum(map(set(questions["question"]).__contains__, eval_questions["question"]))
-    if seen:
+    known = set(questions["question"])
+    if seen := sum(question in known for question in eval_questions["question"]):
         print(f"{seen} of {len(eval_questions)} questions of --eval-data are in --data too: not held out")
     embedder, extract = load_embedder(cfg) if cfg.beta else None, load_extractor(cfg)
     lm = SpeechLM.from_pretrained(cfg.model)
