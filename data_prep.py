@@ -83,10 +83,14 @@ def sum_question(expression, letter, rng, key):
     return {"key": key, "question": question, "options": options, "answer_index": letter, "prompt_for_tts": spoken}
 
 
-def in_steps(expression):
-    """The thought: five minus one is four. four plus two is six"""
-    return ". ".join(f"{DIGITS[value]} {sign} {DIGITS[number]} is {DIGITS[new]}"
-                     for value, sign, number, new in work_out(expression))
+def in_steps(expression, worked_out=1.0, rng=None):
+    """The thought: five minus one is four. four plus two is six
+    With a probability of 1 - worked_out both steps are done in the head: five minus one plus two is six
+    """
+    thought = ". ".join(f"{DIGITS[value]} {sign} {DIGITS[number]} is {DIGITS[new]}"
+                        for value, sign, number, new in work_out(expression))
+    in_the_head = worked_out < 1 and rng.random() >= worked_out
+    return re.sub(r" is (\w+)\. \1", "", thought) if in_the_head else thought
 
 
 def worked_answer(thought, letter):
@@ -217,7 +221,7 @@ def lesson(expressions, rng, learnt):
             [("solve", expression) for expression in draw(11)] + [("solve", expression[:3]) for expression in draw(2)])
 
 
-def text_batch(tokenizer, exercises, rng, pauses):
+def text_batch(tokenizer, exercises, rng, pauses, worked_out=1.0):
     """Training rows for the LLM -> ids, attention mask and loss weights, each [rows, T].
     With `pauses` above 0 the questions look like speech: no line breaks, and up to that many pause tokens a word on
     average. This makes the LLM robust to audio embeddings, most of which stand for no word.
@@ -229,7 +233,8 @@ def text_batch(tokenizer, exercises, rng, pauses):
     rows, row_weights = [], []  # token ids; what each weighs in the loss
     for kind, expression in exercises:
         letter = int(rng.integers(4))
-        question, thought = sum_question(expression, letter, rng, key=""), in_steps(expression)
+        question = sum_question(expression, letter, rng, key="")
+        thought = in_steps(expression, worked_out if kind == "solve" else 1.0, rng)
         if kind == "look up":
             question["question"] = question["options"][letter]
             thought = f"that is {question['question']}"
@@ -250,7 +255,24 @@ def text_batch(tokenizer, exercises, rng, pauses):
     return ids, mask, weights
 
 
-def train_llm(model, tokenizer, expressions, rng, steps):
+class Muon(torch.optim.SGD):
+    """Muon in float32: torch.optim.Muon in bfloat16 is 16 times as slow where the CPU has no bfloat16."""
+
+    def step(self):
+        """Each matrix moves by its momentum with all singular values near 1; rate and weight decay are SGD's."""
+        for p in self.param_groups[0]["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            x = p.grad.lerp(momentum, 0.95)
+            x = x.T if len(p) > p.shape[1] else x
+            x = x / x.norm().clamp(min=1e-7)
+            for _ in range(5):  # Newton-Schulz
+                gram = x @ x.T
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            p.grad = 0.2 * max(p.shape) ** 0.5 * (x.T if len(p) > p.shape[1] else x)
+        super().step()
+
+
+def train_llm(model, tokenizer, expressions, rng, steps, worked_out):
     """Stage 1: teach the LLM to look options up, then to reason in writing.
     Muon learns the matrices of the layers, in half the steps that AdamW takes; AdamW learns the rest. Without strong
     weight decay the LLM memorises the training sums and fails on new ones.
@@ -258,12 +280,13 @@ def train_llm(model, tokenizer, expressions, rng, steps):
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
     matrices = [p for p in decoder.layers.parameters() if p.ndim == 2]
     others = [embeddings.weight, model.lm_head.weight, *(p for p in decoder.parameters() if p.ndim == 1)]
-    muon = torch.optim.Muon(matrices, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, weight_decay=0.3)
     adamw = torch.optim.AdamW(others, weight_decay=0.3)
     bar = tqdm(range(steps), desc="base model 1/2: LLM learns to reason in writing", unit="step")
     for step in bar:
         pauses = 0.8 * min(1.0, max(0.0, (step / steps - 0.1) / 0.2)) if step % 2 else 0.0
-        ids, mask, weights = text_batch(tokenizer, lesson(expressions, rng, step / steps), rng, pauses)
+        exercises = lesson(expressions, rng, step / steps)
+        ids, mask, weights = text_batch(tokenizer, exercises, rng, pauses, worked_out)
         hidden = decoder(inputs_embeds=embeddings(ids), attention_mask=mask, use_cache=False).last_hidden_state
         answer = weights[:, 1:] > 0
         nll = F.cross_entropy(model.lm_head(hidden[:, :-1][answer]), ids[:, 1:][answer], reduction="none")
@@ -396,11 +419,12 @@ def demo(args):
         spoken = [spoken_question(expression, letter, rng, f"{part}-{i}")
                   for i, (expression, letter) in enumerate(tqdm(asked, desc=f"speaking {part} questions", unit="clip"))]
         rows[part], words[part] = map(list, zip(*spoken))
-        answers[part] = [worked_answer(in_steps(expression), letter) for expression, letter in asked]
+        answers[part] = [worked_answer(in_steps(expression, args.worked_out, rng), letter)
+                         for expression, letter in asked]
 
     tokenizer = demo_tokenizer(demo_texts(rng))
     model = demo_model(tokenizer)
-    train_llm(model, tokenizer, sums[384:], rng, args.text_steps)
+    train_llm(model, tokenizer, sums[384:], rng, args.text_steps, args.worked_out)
     lm = SpeechLM(Qwen25Omni, model, tokenizer, WhisperFeatureExtractor(feature_size=128, chunk_length=300))
     train_encoder(lm, rows["train"], words["train"], answers["train"], rows["val"], rng, args.speech_steps,
                   args.stop_at)
@@ -1028,6 +1052,7 @@ def main(arguments=None):
         ("--text-steps", 800, "steps of the base model's stage 1"),
         ("--speech-steps", 600, "steps of its stage 2 at most"),
         ("--stop-at", 0.40, "speech accuracy at which stage 2 stops"),
+        ("--worked-out", 1.0, "share of the LLM's answers that write the result between down"),
         ("--train-clips", 4000, "spoken training questions"),
         ("--val-clips", 512, "spoken questions that decide when stage 2 stops"),
         ("--test-clips", 512, "held-out spoken questions"),

@@ -27,7 +27,7 @@ import sys
 import textwrap
 import time
 import zlib
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -382,21 +382,22 @@ def read_groups(folders):
         if not (Path(folder) / "summary.json").exists():
             print(f"{folder} is left out: it is no finished run")
             continue
-        runs.append((folder, settings_of(folder), *read_run(folder)))
-    runs.sort(key=lambda run: bool(run[1].alpha or run[1].beta))
-    settings = [f for f in fields(Config) if f.name not in FREE | {"seed", "model", "data", "eval_data"}]
-    settings = [f for f in settings if len({getattr(cfg, f.name) for _, cfg, *_ in runs}) > 1]
+        runs.append((folder, json.loads((Path(folder) / "config.json").read_text()), *read_run(folder)))
+    runs.sort(key=lambda run: bool(run[1]["alpha"] or run[1]["beta"] or "method" in run[1]))
+    usual = asdict(Config())  # a name or a switch is shown only where it is unusual
+    names = [name for name in usual | {"method": "", "rounds": 1} if name not in FREE | {"seed", "model"}]
+    names = [name for name in names if len({run[1].get(name) for run in runs}) > 1]
     for folder, cfg, log, summary in runs:
-        values = [(f, getattr(cfg, f.name)) for f in settings]
-        shown = [f"{f.name} {value:g}" if f.type is float else f"{f.name} {value}" for f, value in values
-                 if f.type in (int, float) or value != f.default]  # a name or a switch only where it is unusual
-        group = groups.setdefault(", ".join(shown) or "default", {})
-        content, steps = (cfg.model, summary["content"]), log[-1]["step"]
-        fits = content == first.setdefault(cfg.seed, content) and steps == first.setdefault("steps", steps)
-        if cfg.seed in group or not fits:
-            raise SystemExit(f"--compare: {folder} does not fit the other runs of seed {cfg.seed}: its base model, data"
+        hidden = {"alpha", "beta"} if "method" in cfg else {}  # a baseline of course/ has no rewards
+        shown = [f"{name} {cfg[name]:g}" if isinstance(cfg[name], float) else f"{name} {cfg[name]}" for name in names
+                 if name in cfg.keys() - hidden and (type(cfg[name]) in (int, float) or cfg[name] != usual.get(name))]
+        group, seed = groups.setdefault(", ".join(shown) or "default", {}), cfg["seed"]
+        content, steps = (cfg["model"], summary["content"]), log[-1]["step"]
+        fits = content == first.setdefault(seed, content) and steps == first.setdefault("steps", steps)
+        if seed in group or not fits:
+            raise SystemExit(f"--compare: {folder} does not fit the other runs of seed {seed}: its base model, data"
                              " or number of steps differ, or nothing does")
-        group[cfg.seed] = log, summary
+        group[seed] = log, summary
     if not groups:
         raise SystemExit("--compare: none of the folders holds a finished run")
     return groups
@@ -543,8 +544,9 @@ def show(title, function, rows):
 
 
 def settings_of(folder):
-    """The settings of a run, from its config.json."""
-    return Config(**json.loads((Path(folder) / "config.json").read_text()))
+    """tars.py's settings of a run, from its config.json."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    return Config(**{field.name: settings[field.name] for field in fields(Config)})
 
 
 # ==== 7. --random-weights: does a run fit the GPU? ====================================================================

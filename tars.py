@@ -730,12 +730,13 @@ def answer_greedily(lm, questions, extract, cfg):
 
 
 def evaluate(lm, questions, extract, cfg):
-    """Accuracy of greedy answers, spoken and written: {"speech": 0 to 1, "text": 0 to 1}."""
+    """Greedy answers: {"speech": accuracy 0 to 1, "text": likewise, "length_speech": mean tokens, "length_text"}."""
     order = np.argsort(questions["seconds"], kind="stable")  # similar lengths share a batch
-    records = list(answer_greedily(lm, questions.select(order[RANK::RANKS]), extract, cfg))
-    right = [sum(r["right"] for r in records if r["modality"] == m) for m in MODALITIES]
-    right = sum_over_ranks(torch.tensor(right, device=lm.device)).tolist()
-    return {m: count / len(questions) for m, count in zip(MODALITIES, right)}
+    sums = dict.fromkeys(MODALITIES, 0) | {f"length_{m}": 0 for m in MODALITIES}
+    for record in answer_greedily(lm, questions.select(order[RANK::RANKS]), extract, cfg):
+        sums[record["modality"]] += record["right"]
+        sums[f"length_{record['modality']}"] += record["tokens"]
+    return {name: mean * RANKS / len(questions) for name, mean in mean_over_ranks(sums).items()}
 
 
 def learning_rate(step, steps, cfg):
@@ -782,11 +783,11 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, state, cf
         batch = [questions[i] for i in indices[RANK::RANKS]]
         metrics, group = train_step(lm, batch, embedder, extract, optimizer, cfg, generator)
         metrics = {"step": step, "lr": lr} | mean_over_ranks(metrics | {"seconds": time.time() - start})
-        bar.set_postfix_str(f"acc speech {metrics['acc_speech']:.2f}, text {metrics['acc_text']:.2f}")
+        bar.set_postfix({name: metrics[name] for name in ("acc_speech", "acc_text") if name in metrics})
         state |= {"step": step, "skipped": state["skipped"] + 1 if metrics["skipped"] else 0}
         if step == steps or cfg.eval_every and step % cfg.eval_every == 0:
             state["after"] = evaluate(lm, eval_questions, extract, cfg)
-            metrics |= {f"eval_{m}": state["after"][m] for m in MODALITIES}
+            metrics |= {f"eval_{name}": value for name, value in state["after"].items()}
         append_line(out / "log.jsonl", metrics)
         if cfg.sample_every and done % cfg.sample_every == 0:
             append_line(out / "samples.jsonl", {"step": step, **group})
@@ -1085,9 +1086,8 @@ def main(arguments=None):
     base_text = cfg.base_text_accuracy / 100 or before["text"]
     mrr = [modality_recovery_rate(accuracy["speech"], base_text) for accuracy in (before, after)]
     write_aside(f"{cfg.out}/summary.json", {
-        "base_speech": before["speech"], "base_text": before["text"], "speech": after["speech"],
-        "text": after["text"], "mrr_before": mrr[0], "mrr_after": mrr[1], "n_speech": n, "n_text": n,
-        "content": list(content.values())})
+        **{f"base_{name}": value for name, value in before.items()}, **after, "mrr_before": mrr[0],
+        "mrr_after": mrr[1], "n": n, "content": list(content.values())})
     print(f"\n{n} held-out questions".ljust(28) + f"{'speech %':>10}{'text %':>10}{'MRR %':>10}")
     for name, accuracy, rate in zip(("before", "after"), (before, after), mrr):
         print(f"{name:<27}{100 * accuracy['speech']:>10.1f}{100 * accuracy['text']:>10.1f}{rate:>10.1f}")

@@ -1087,7 +1087,7 @@ def test_end_to_end_writes_what_it_promises(small_run):
     names = {p.name for p in (out / "a").iterdir()}
     assert names == {"checkpoint.pt", "adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "samples.jsonl", "summary.json"}
     summary = json.loads((out / "a" / "summary.json").read_text())
-    assert summary["n_speech"] == summary["n_text"] == 40 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
+    assert summary["n"] == 40 and {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
     lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and ["eval_speech" in line for line in lines] == [False, True, True]
     group = json.loads((out / "a" / "samples.jsonl").read_text().splitlines()[0])
