@@ -24,6 +24,7 @@ import shutil
 import unicodedata
 import wave
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise, product, takewhile
 from pathlib import Path
@@ -36,15 +37,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5OmniThinkerConfig
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration, VitsModel, WhisperFeatureExtractor
-from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from tars import DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, Qwen25Omni, SpeechLM, append_line, extract_answers, judge
-from tars import load_model, read_clip, write_aside, written_question
+import tars
+from tars import DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, Qwen25Omni, SpeechLM, load_model, read_clip, write_aside
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base
@@ -159,7 +158,7 @@ def demo_texts(rng):
     """All texts of the demo's prompts and answers, for its tokenizer."""
     texts = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
     for i, expression in enumerate(expressions()):
-        texts += [written_question(sum_question(expression, i % 4, rng, "")),
+        texts += [tars.written_question(sum_question(expression, i % 4, rng, "")),
                   worked_answer(in_steps(expression), i % 4)]
     return texts
 
@@ -177,14 +176,14 @@ def demo_tokenizer(texts):
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer.add_tokens([AddedToken(SYSTEM_PROMPT, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-                                   unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>",
+                                                eos_token="<|im_end|>", unk_token="<unk>")
 
 
 def demo_model(tokenizer):
     """An untrained thinker of Qwen2.5-Omni's own class with about 1.2 M parameters."""
     token = tokenizer.convert_tokens_to_ids
-    return Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig(
+    return transformers.Qwen2_5OmniThinkerForConditionalGeneration(transformers.Qwen2_5OmniThinkerConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
             num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.12,
@@ -238,7 +237,7 @@ def text_batch(tokenizer, exercises, rng, pauses, worked_out=1.0):
         if kind == "look up":
             question["question"] = question["options"][letter]
             thought = f"that is {question['question']}"
-        user = tokenizer(written_question(question)).input_ids
+        user = tokenizer(tars.written_question(question)).input_ids
         if pauses:
             user = [t for u in user if u not in breaks for t in [token(PAUSE)] * rng.poisson(rate) + [u]]
         answer = tokenizer(worked_answer(thought, letter) + Qwen25Omni.end_of_turn[0]).input_ids
@@ -345,7 +344,7 @@ def spoken_accuracy(lm, questions):
         batch = questions[first : first + 64]
         prompts = [[lm.prompt(turn)] for turn in lm.spoken_turns(batch)]  # b lists of one prompt [P, H]
         completions = lm.detokenize(*lm.rollout(prompts, 1, 26, temperature=0)[:2])
-        right += judge(batch, completions, extract_answers)[1].sum().item()
+        right += tars.judge(batch, completions, tars.extract_answers)[1].sum().item()
     return right / len(questions)
 
 
@@ -425,7 +424,8 @@ def demo(args):
     tokenizer = demo_tokenizer(demo_texts(rng))
     model = demo_model(tokenizer)
     train_llm(model, tokenizer, sums[384:], rng, args.text_steps, args.worked_out)
-    lm = SpeechLM(Qwen25Omni, model, tokenizer, WhisperFeatureExtractor(feature_size=128, chunk_length=300))
+    feature_extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300)
+    lm = SpeechLM(Qwen25Omni, model, tokenizer, feature_extractor)
     train_encoder(lm, rows["train"], words["train"], answers["train"], rows["val"], rng, args.speech_steps,
                   args.stop_at)
 
@@ -435,7 +435,7 @@ def demo(args):
         for part in parts:
             questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
             questions.save_to_disk(aside / part)
-        for piece in (model, tokenizer, lm.feature_extractor):
+        for piece in (model, tokenizer, feature_extractor):
             piece.save_pretrained(aside / "model")
         write_aside(aside / "model" / "tars_config.json", DEMO_SETTINGS)
         aside.rename(out)
@@ -611,7 +611,7 @@ def recording(row, args):
 
 def prompt_of(ours):
     """What is read aloud of a row: question and options as they are written, blanks as words."""
-    return written_question(ours | {"question": without_blanks(ours["question"])})
+    return tars.written_question(ours | {"question": without_blanks(ours["question"])})
 
 
 def spoken_row(ours, index, args):
@@ -631,31 +631,24 @@ def spoken_row(ours, index, args):
 
 
 # ==== 6. Speech synthesis and recognition =============================================================================
-YEAR = r"(1\d\d\d|20\d\d)"
 NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
-UNITS = dict(pair.split(":") for pair in (
-    "km:kilometer m:meter cm:centimeter mm:millimeter nm:nanometer kg:kilogram g:gram mg:milligram s:second h:hour "
-    "ms:millisecond min:minute hr:hour L:liter mL:milliliter ml:milliliter J:joule kJ:kilojoule N:newton Pa:pascal "
-    "kPa:kilopascal W:watt kW:kilowatt V:volt Hz:hertz kHz:kilohertz MHz:megahertz mol:mole lb:pound lbs:pound "
-    "oz:ounce ft:foot").split())
-UNITS |= {"mph": "mile per hour", "eV": "electron volt"}
-UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
-WRITTEN = {"Dr.": "doctor", "Mr.": "mister", "Mrs.": "missus", "Ms.": "miss", "Prof.": "professor", "vs.": "versus",
-           "v.": "versus", "e.g.": "for example", "i.e.": "that is", "etc.": "et cetera", "approx.": "approximately",
-           "Jr.": "junior", "Sr.": "senior", "and/or": "and or"}
-SYMBOLS = {
-    "->": "to", "→": "to", "⇒": "to", "<=": "is less than or equal to", "≤": "is less than or equal to",
-    ">=": "is greater than or equal to", "≥": "is greater than or equal to", "<": "is less than",
-    ">": "is greater than", "=": "equals", "≠": "is not equal to", "≈": "is about", "+": "plus",
-    "±": "plus or minus", "−": "minus", "×": "times", "*": "times", "·": "times", "÷": "divided by",
-    "%": "percent", "&": "and", "@": "at", "#": "number", "°": "degrees", "∞": "infinity",
-    "√": "square root of", "€": "euro", "£": "pound", "$": "dollar"}
-LATEX = {"times": "×", "cdot": "×", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "neq": "≠", "pm": "±", "div": "÷"}
-LATEX |= {name: name for name in "alpha beta gamma delta theta lambda mu pi sigma omega".split()}
-ROMAN = " I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI".split(" ")
-RULERS = ("Henry|Louis|Charles|George|Edward|James|William|Richard|Elizabeth|Philip|Napoleon|Nicholas|Alexander|"
-          "Catherine|Frederick|Pius|Gregory|Urban")
+YEAR = r"(1\d\d\d|20\d\d)"
 MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
+UNITS = dict(pair.split(":") for pair in (
+    "km:kilometers m:meters cm:centimeters mm:millimeters nm:nanometers kg:kilograms g:grams mg:milligrams s:seconds "
+    "ms:milliseconds min:minutes h:hours L:liters mL:milliliters J:joules kJ:kilojoules N:newtons Pa:pascals W:watts "
+    "V:volts Hz:hertz lb:pounds ft:feet m/s:meters_per_second km/h:kilometers_per_hour mph:miles_per_hour "
+    "%:percent °C:degrees_celsius °F:degrees_fahrenheit °:degrees ¢:cents").split())
+UNIT = "|".join(sorted(UNITS, key=len, reverse=True))
+SYMBOLS = {"+": "plus", "=": "equals", "≠": "is not equal to", "<": "is less than", ">": "is greater than",
+           "≤": "is less than or equal to", "≥": "is greater than or equal to", "≈": "is about", "×": "times",
+           "÷": "divided by", "±": "plus or minus", "√": "square root of", "&": "and", "²": "squared", "³": "cubed",
+           "½": "one half", "¼": "one quarter", "¾": "three quarters", "→": "to", "and/or": "and or"}
+SHORT = {"Dr.": "doctor", "Mr.": "mister", "Mrs.": "missus", "Ms.": "miss", "Prof.": "professor",
+         "vs.": "versus", "e.g.": "for example", "i.e.": "that is", "etc.": "et cetera"}
+# What no rule reads: two signs in a row, chemistry, formulas, code, ratios, dates, Roman numbers, other scripts.
+UNREAD = re.compile(r"[^A-Za-z0-9\s.,;:?!'\"()-]|\d!|\d\s?[:-]\d|\d,\d(?!\d\d)|\.\d+\.\d|\d[A-Za-z]|[A-Za-z]-?\d|"
+                    r"\w\(|\)[\w(]|\b[IVXLC]{2,}\b|\b(?:St|Jr|Sr|v)\.")
 
 
 def in_words(digits, to="cardinal"):
@@ -668,125 +661,67 @@ def in_words(digits, to="cardinal"):
     return " ".join(f"{said}{fraction and ' point '}{' '.join(map(in_words, fraction))}".split())
 
 
-def plural(word, count):
-    """meter, 5 -> meters. Of "mile per hour" the first word, of "electron volt" the last."""
-    if count == "1":
-        return word
-    head, *rest = word.split(" per ")
-    head = {"foot": "feet", "penny": "pence", "half": "halves", "hertz": "hertz"}.get(head, head + "s")
-    return " per ".join([head, *rest])
+def counted(amount, name, article):
+    """5, "meters" -> five meters; one of it, or after an article ("a 5 kg block"), in the singular."""
+    singular = {"feet": "foot", "hertz": "hertz"}.get(name) or re.sub(r"s(?=_|$)", "", name, count=1)
+    return f"{article or ''} {in_words(amount)} {singular if article or amount == '1' else name} ".replace("_", " ")
 
 
 def money(m):
-    """$5.50 -> five dollars and fifty cents; $3 million -> three million dollars."""
-    sign, whole, cents, scale = m.groups()
-    name, small = {"$": ("dollar", "cent"), "€": ("euro", "cent"), "£": ("pound", "penny")}[sign]
+    """$5.50 -> five dollars and fifty cents; $3 million -> three million dollars; a $10 bill -> a ten dollar bill."""
+    article, sign, whole, cents, scale = m.groups()
+    name, small = {"$": ("dollars", "cents"), "€": ("euros", "cents"), "£": ("pounds", "pence")}[sign]
     if scale or len(cents or "00") != 2:
-        return f" {in_words(whole + (f'.{cents}' if cents else ''))} {scale or ''} {name}s "
-    parts = [f"{in_words(str(n))} {plural(word, str(n))}" for n, word in
-             ((int(whole.replace(",", "")), name), (int(cents or 0), small)) if n]
-    return f" {' and '.join(parts) or f'zero {name}s'} "
-
-
-def fraction(m):
-    """1/2 -> one half; 3/4 -> three quarters; 22/7 -> twenty two over seven."""
-    top, bottom = int(m[1]), int(m[2])
-    if not 0 < top < bottom <= 10:
-        return f" {in_words(m[1])} over {in_words(m[2])} "
-    return f" {in_words(m[1])} {plural({2: 'half', 4: 'quarter'}.get(bottom) or in_words(m[2], 'ordinal'), m[1])} "
+        return f"{article or ''} {in_words(whole + (f'.{cents}' if cents else ''))} {scale or ''} {name} "
+    parts = [counted(n, word, article) for n, word in ((whole, name), ((cents or "0").lstrip("0"), small))
+             if n not in ("", "0")]
+    return " and ".join(parts) or f" zero {name} "
 
 
 def clock(m):
-    """3:30 pm -> three thirty p m; 9:05 -> nine oh five; 10:00 -> ten o'clock."""
-    oh = f"oh {in_words(m[2][1])}" if m[2][0] == "0" else in_words(m[2])
-    minutes = {"00": "" if m[3] else "o'clock"}.get(m[2], oh)
-    return f" {in_words(m[1])} {minutes} {f'{m[3]} m' if m[3] else ''} "
-
-
-def power(exponent):
-    """An exponent, perhaps in braces -> squared, cubed, to the power of minus 3."""
-    exponent = exponent.strip("{}()").replace("−", "-")
-    said = f"to the power of {'minus ' if exponent[0] == '-' else ''}{exponent.lstrip('-+')}"
-    return f" {({'2': 'squared', '3': 'cubed'}).get(exponent, said)} "
-
-
-def measure(m):
-    """9.8 m/s^2 -> nine point eight meters per second squared."""
-    amount, name, exponent, per, exponent_of_per = m.groups()
-    if exponent and not name.endswith("m"):  # 4s^2 is no area
-        return m[0]
-    return (f" {in_words(amount)} {plural(UNITS[name], amount)}{exponent and power(exponent) or ''}"
-            f"{per and f' per {UNITS[per]}' or ''}{exponent_of_per and power(exponent_of_per) or ''} ")
+    """3:30 pm -> three thirty p m; 9:05 -> nine oh five; 10:00 -> ten o'clock, but ten a m."""
+    minutes = f"oh {in_words(m[2][1])}" if m[2][0] == "0" else in_words(m[2])
+    minutes = ("" if m[3] else "o'clock") if m[2] == "00" else minutes
+    return f" {in_words(m[1])} {minutes} {f'{m[3].lower()} m' if m[3] else ''} "
 
 
 SAID = (  # forms, in this order, and how a person says them
-    (r"\s*\n\s*", ". "), ("[’‘]", "'"), (r"[\u00a0\u2009\u202f]", " "),
-    (r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1 over \2 "),
-    (r"\\sqrt\{([^{}]*)\}", r" square root of \1 "), (rf"\\({'|'.join(LATEX)})\b", lambda m: f" {LATEX[m[1]]} "),
-    (r"\$(?!\d)([^$\n]+)\$|\$(\d*[a-zA-Z\\^=+][^$\n]*)\$", lambda m: f" {m[1] or m[2]} "),
-    (r"(?<=\d)½", " and a half "), (r"½ (?=[a-z])(?!of\b)", " half a "), ("½", " one half "), ("¼", " one quarter "),
-    ("¾", " three quarters "),
-    (r"[⁰¹²³⁴-⁹⁻⁺]+", lambda m: "^" + m[0].translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+"))),
-    (r"\b([Aa]n?) \$(\d+)(?= [a-z])(?! (?:thousand|[mbtr]+illion))", lambda m: f"{m[1]} {in_words(m[2])} dollar"),
-    (r"([$€£])\s?(\d+(?:,\d{3})*)(?:\.(\d+))?(?:\s(thousand|million|billion|trillion)\b)?", money),
-    (r"\b(\d+)\s?¢", lambda m: f"{in_words(m[1])} {plural('cent', m[1])}"), (r"(?<![\d.])\.(?=\d)", "0."),
-    (rf"\b([Aa]n?) ({NUMBER})\s?({UNIT})(?= [a-z])", lambda m: f"{m[1]} {in_words(m[2])} {UNITS[m[3]]}"),
-    (rf"\b([Aa]n?) ({NUMBER})\s?°(?= [a-z])", lambda m: f"{m[1]} {in_words(m[2])} degree"),
+    (r"\s*\n\s*", ". "), ("[\u00a0\u2009\u202f]", " "), ("[’‘]", "'"), ("[“”]", '"'), ("[–—−]", "-"),
+    (r"(?<![\d.])\.(?=\d)", "0."), (r"\bNo\. (?=\d)", "number "), (r"\bSt\. (?=[A-Z])", "saint "),
+    (r"(?:\b([Aa]n? ))?([$€£])(\d+(?:,\d{3})*)(?:\.(\d+))?(?![\d.,]*\d|[A-Za-z])(?: (thousand|[mb]illion|trillion)\b)?",
+     money),
     (rf"'?\b({YEAR}|[2-9]0)s\b", lambda m: re.sub("y$", "ie", in_words(m[1], "year")) + "s"),
-    (rf"\b{YEAR}\s?[-–—]\s?{YEAR}\b", lambda m: f"{in_words(m[1], 'year')} to {in_words(m[2], 'year')}"),
+    (rf"\b{YEAR}-{YEAR}\b", lambda m: f"{in_words(m[1], 'year')} to {in_words(m[2], 'year')}"),
     (rf"\b((?:[Ii]n|[Ss]ince|[Uu]ntil|[Yy]ear|[Bb]efore|[Aa]fter|[Dd]uring|{MONTH})(?: \d\d?(?:st|nd|rd|th)?)?,?) "
-     rf"{YEAR}\b(?![.,]\d|\s?(?:%|(?:{UNIT})\b))", lambda m: f"{m[1]} {in_words(m[2], 'year')}"),
+     rf"{YEAR}\b(?![.,]\d|\s?(?:{UNIT})(?!\w))", lambda m: f"{m[1]} {in_words(m[2], 'year')}"),
     (r"\b(\d+)(?:st|nd|rd|th)\b", lambda m: in_words(m[1], "ordinal")),
-    (r"\b(\d\d?):(\d\d)\s*(?:([ap])\.?\s?m\b\.?)?", clock), (r"\b(\d+):(\d+)\b", r" \1 to \2 "),
-    (r"(?<=\d) (?=\d/\d)", " and "), (r"(?<![\d/])(\d{1,4})\s?[/⁄]\s?(\d{1,4})(?![\d/])", fraction),
-    (rf"({NUMBER})\s?°\s?C\b", r"\1 degrees celsius"), (rf"({NUMBER})\s?°\s?F\b", r"\1 degrees fahrenheit"),
-    (rf"({NUMBER})\s?[-–]\s?({NUMBER})(?=\s*=)|({NUMBER})\s+[-–−]\s+({NUMBER})|({NUMBER})−({NUMBER})",
-     lambda m: " minus ".join(filter(None, m.groups()))),
-    (rf"({NUMBER})[-–]({NUMBER})(?=\s?(?:[A-Za-z%°$]))|({NUMBER})–({NUMBER})|"
-     rf"(?<=ages )({NUMBER})-({NUMBER})|(?<=ines )({NUMBER})-({NUMBER})",  # pages, ages, lines
-     lambda m: " to ".join(filter(None, m.groups()))),
-    (rf"(?<![\w.^])({NUMBER})\s?({UNIT})(?:\^(\{{?[23]\}}?))?(?:/({UNIT})(?:\^(\{{?[23]\}}?))?)?(?![\w^/])", measure),
-    (r"\^(\{[^{}]+\}|\([^()]+\)|[-−+]?\w+)", lambda m: power(m[1])),
-    (r"(?<![\w.)])[-−](?=\d|[a-z]\b)", " minus "), (r"(?<=[\w)]) [-−–] (?=\d|[a-z]\b)", " minus "),
-    (rf"\b(War|Chapter|Part|Act|Phase|Stage|Article|Section|Title|Volume|Book|Level|Type) ({'|'.join(ROMAN[1:])})\b",
-     lambda m: f"{m[1]} {in_words(str(ROMAN.index(m[2])))}"),
-    (rf"\b({RULERS}) ({'|'.join(ROMAN[:0:-1])})\b",
-     lambda m: f"{m[1]} the {in_words(str(ROMAN.index(m[2])), 'ordinal')}"),
-    (r"\b(?:III|II|IV|I|V)(?:(?:,? and |,? or |, )(?:III|II|IV|V)\b)+|\b(?:III|II|IV|I|V)(?= only\b)",
-     lambda m: re.sub(r"\b[IV]+\b", lambda roman: in_words(str(ROMAN.index(roman[0]))), m[0])),
-    (r"\bNo\. (?=\d)", "number "), (r"\bSt\. (?=[A-Z])", "saint "), (r"(?<=[a-z] )St\.", "street"),
-    ("|".join(rf"(?<!\w){re.escape(short)}(?=\W|$)" for short in WRITTEN), lambda m: f" {WRITTEN[m[0]]} "),
-    (r"\b(km|m|cm)/(s|h|min)\b", lambda m: f"{UNITS[m[1]]}s per {UNITS[m[2]]}"),
-    (r"\b([a-zA-Z])\s?/\s?([a-zA-Z])\b", r" \1 over \2 "),
-    ("|".join(map(re.escape, sorted(SYMBOLS, key=len, reverse=True))), lambda m: f" {SYMBOLS[m[0]]} "),
+    (r"(?<![\d:])(\d\d?):(\d\d)\s*([AaPp])\.?[Mm]\b\.?", clock),
+    (r"(?<=\bat )(\d\d?):(\d\d)(?![\d:])()", clock), (r"(?<=\d)\s?(?=[½¼¾])", " and "),
+    (rf"\b([Aa]n? )({NUMBER})[ -]?({UNIT})(?= [a-z])", lambda m: counted(m[2], UNITS[m[3]], m[1])),
+    (rf"(?<![\w.,/])({NUMBER})-({NUMBER})(?= [a-z]| ?(?:{UNIT})(?!\w))", r"\1 to \2"),
+    (rf"(?<![\w.,])({NUMBER}) ?({UNIT})(?![\w²³/^])", lambda m: counted(m[1], UNITS[m[2]], "")),
+    (r"(?<=\d) - (?=\d)|(?<=\b[a-z]) - (?=[a-z0-9]\b)", " minus "), (r"(?<![\w.)-])-(?=\d)", " minus "),
+    ("|".join(rf"(?<!\w){re.escape(short)}(?!\w)" for short in SHORT), lambda m: f" {SHORT[m[0]]} "),
+    (r"\b([A-Za-z]\.){2,}", lambda m: m[0].replace(".", " ")),  # U.S., p.m.
+    ("|".join(map(re.escape, SYMBOLS)), lambda m: f" {SYMBOLS[m[0]]} "),
+    ("[Α-Ωα-ω]", lambda m: f" {unicodedata.name(m[0]).split()[-1].lower()} "),
 )
-
-
-NO_RULE = r"(?:[A-Z][a-z]?\d+){2,}|\w\)\d|https?://|www\.|\+\+|==|\[\w+\] \d"  # chemistry, addresses, code
 
 
 def spell_out(text, strict=True):
     """Text -> lower-case words of a-z and apostrophes, as a person says them; line ends become ". ".
-    Raises Lost where no rule says how: most LaTeX, 5-10 without a unit, other scripts. If not strict, it is dropped.
+    Raises Lost where no rule says how. If not strict, what is not read is dropped.
     """
-    whole = text = text.strip()
+    signs = re.search(r"(?!--|!!)[-+=<>*/&|!^~]{2}", text)  # ++, ->, !=
+    text = text.strip()
     for form, said in SAID:
         text = re.sub(form, said, text)
-    unread = re.search(NO_RULE, whole) or re.search(r"\\[a-zA-Z]+|\d-\d|[\^_]", text)
-    if strict and unread:
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c)[0] != "M")  # no accents
+    if strict and (unread := signs or UNREAD.search(text)):
         raise Lost("a form that no rule reads aloud", unread[0])
-    text = re.sub(NUMBER, lambda m: f" {in_words(m[0])} ", unicodedata.normalize("NFKC", text))
-    said = ""
-    for c in unicodedata.normalize("NFKD", text):
-        name, kind = unicodedata.name(c, ""), unicodedata.category(c)
-        if strict and not c.isascii() and kind[0] in "LS" and not name.startswith("GREEK"):
-            raise Lost("not English text", c)
-        if name.startswith("GREEK") and kind[0] == "L":
-            said += f" {name.split()[-1].lower()} "
-        elif kind[0] != "M":  # accents go
-            said += c if re.match(r"[a-zA-Z'. ]", c) else " "
-    said = re.sub(r"(?<![a-zA-Z])'|'(?![a-zA-Z])", " ", said)  # quotes; apostrophes stay
-    return re.sub(r"\s+(?=\.)", "", " ".join(said.lower().split()))
+    text = re.sub(NUMBER, lambda m: f" {in_words(m[0])} ", text)
+    text = re.sub(r"[^A-Za-z'. ]|(?<![A-Za-z])'|'(?![A-Za-z])", " ", text)  # apostrophes stay, quotes go
+    return re.sub(r"\s+(?=\.)", "", " ".join(text.lower().split()))
 
 
 def spoken_words(text, spelling=None):
@@ -814,8 +749,8 @@ class Voice:
     """Text to speech with a VITS model such as facebook/mms-tts-eng."""
 
     def __init__(self, name, device):
-        self.model = load_model(VitsModel, name, device, torch.float32)  # too fine for bfloat16, and small
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = load_model(transformers.VitsModel, name, device, torch.float32)  # too fine for bfloat16, and small
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
 
     @torch.no_grad()
     def speak(self, text, seed):
@@ -833,9 +768,9 @@ class Listener:
     """Speech to text with Whisper."""
 
     def __init__(self, name, device):
-        self.model = load_model(WhisperForConditionalGeneration, name, device)
-        self.feature_extractor = WhisperFeatureExtractor.from_pretrained(name)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = load_model(transformers.WhisperForConditionalGeneration, name, device)
+        self.feature_extractor = transformers.WhisperFeatureExtractor.from_pretrained(name)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         self.spelling = getattr(self.tokenizer, "english_spelling_normalizer", None)  # its normalizer.json
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
         self.language = {"language": "en", "task": "transcribe"} if multilingual else {}
@@ -874,31 +809,16 @@ SOURCES = {
 }
 
 
-SPLITS = ("train", "auxiliary_train", "validation", "dev", "test")
-
-
 def own_files(source, place):
     """The parquet or arrow files of a local copy of a repository that belong to the source's configuration and split.
-    A split is told by a file's name, such as test-00000-of-00001.parquet or test.parquet, or by its folder's.
-    Where a name does not tell, the files that are taken are printed.
+    A file's name tells its split, test-00000-of-00001.parquet or test.parquet, or its folder's name does.
     """
-    files = [place] if place.is_file() else [p for p in sorted(place.rglob("*")) if p.suffix in (".parquet", ".arrow")]
+    files = [p for p in sorted(place.rglob("*")) if p.suffix in (".parquet", ".arrow")]
     files = [p for p in files if source.config in p.parts] or files
-    if not files:
-        raise SystemExit(f"{place} holds no parquet or arrow file and no datasets directory")
-
-    def split(path):
-        names = (re.sub(r"-\d+-of-\d+$", "", path.stem), path.parent.name)
-        return next((name for name in names if name in SPLITS), None)
-
-    own = [p for p in files if source.split is None or split(p) == source.split]
-    untold = [p for p in files if split(p) is None]
-    if not own and not untold:
-        there = ", ".join(sorted({*map(split, files)}))
-        raise SystemExit(f"{place} has no file of the split {source.split}; it has {there}")
+    own = [p for p in files if source.split in (None, re.sub(r"-\d+-of-\d+$", "", p.stem), p.parent.name)]
     if not own:
-        print(f"files taken as the split {source.split}: {', '.join(str(p.relative_to(place.parent)) for p in untold)}")
-    return own or untold
+        raise SystemExit(f"{place} has no parquet or arrow file of the split {source.split}: give the file as --origin")
+    return own
 
 
 def read_table(place):
@@ -921,7 +841,7 @@ def open_source(source, origin):
     elif (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         rows = datasets.load_from_disk(origin)
     elif place.exists():
-        files = own_files(source, place)
+        files = [place] if place.is_file() else own_files(source, place)
         kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
         rows = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train")
     else:
@@ -929,8 +849,7 @@ def open_source(source, origin):
     if isinstance(rows, dict):  # several splits, such as one a subject
         rows = datasets.concatenate_datasets([rows[source.split]] if source.split in rows else list(rows.values()))
     if missing := set(source.columns) - set(rows.column_names):
-        raise SystemExit(f"{origin} lacks the column(s) {', '.join(sorted(missing))}; "
-                        f"it has {', '.join(rows.column_names)}")
+        raise SystemExit(f"{origin} lacks {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}")
     return rows.cast_column("audio", datasets.Audio(decode=False)) if "audio" in rows.column_names else rows
 
 
@@ -962,16 +881,14 @@ def check_disk(rows, count, part, args):
     """Say how much disk a conversion takes, by 20 of its rows, and end if there is not so much."""
     seconds = []
     for row in rows.select(range(0, count, max(1, count // 20))):
-        try:
-            clip = recording(row, args) and clean_clip(recording(row, args), math.inf)
-            seconds.append(len("".join(map(str, row.values()))) / 15 if clip is None else len(clip) / SAMPLE_RATE)
-        except Lost:  # a row that will be left out
-            continue
+        with suppress(Lost):  # a row that will be left out
+            clip = recording(row, args)
+            seconds.append(len(clean_clip(clip, math.inf)) / SAMPLE_RATE if clip else len(str(row)) / 15)
     needed = 2 * count * float(np.mean(seconds or [0])) * SAMPLE_RATE * 2 / 2**30  # 16 bits, as clips and as data set
     free = shutil.disk_usage(part).free / 2**30
     print(f"{count} rows take about {needed:.2f} GiB of disk, half of it in the end; {free:.2f} GiB are free")
     if needed > free:
-        raise SystemExit(f"{part.parent} has {free:.2f} GiB free, about {needed:.2f} are needed: give another --out")
+        raise SystemExit(f"{part.parent} has not so much room: give another --out")
 
 
 def is_whole(part, line):
@@ -983,6 +900,22 @@ def is_whole(part, line):
 def words_of(ours):
     """What two rows share if one repeats the other word for word."""
     return ours["question"], *ours["options"], ours["answer_index"]
+
+
+def converted(i, row, name, seen, part, args):
+    """Convert a row and write its clip. Returns the line of rows.jsonl: the row and its clip, or why it is lost."""
+    key = str(row.get("key") or f"{name}-{i}")
+    try:
+        ours = {"key": key} | SOURCES[name].make_row(i, row, args)
+        if words_of(ours) in seen:
+            raise Lost("word for word an earlier row")
+    except Lost as loss:
+        tqdm.write(f"{key} is left out: {loss}")
+        return {"lost": loss.reason, "key": key}
+    waveform = ours.pop("audio")
+    write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
+    seen.add(words_of(ours))
+    return {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
 
 
 def convert(name, args):
@@ -999,44 +932,29 @@ def convert(name, args):
     done = list(takewhile(partial(is_whole, part), done))  # the rest is done again
     if not done:
         check_disk(rows, count, part, args)
-    cells = set(rows["wav"]) if name == "csv" and "wav" in rows.column_names else set()
+    cells = set(rows["wav"]) if "wav" in rows.column_names else set()
     args.recorded = bool(cells - {"", "-"})
     if name in SPOKEN and (not args.recorded or "-" in cells) and len(done) < count:
         args.voice, args.listener = Voice(args.tts, DEVICE), Listener(args.asr, DEVICE)
     seen = {words_of(line["row"]) for line in done if "row" in line}
     for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
-        row = rows[i]
-        key = str(row.get("key") or f"{name}-{i}")
-        try:
-            ours = {"key": key} | source.make_row(i, row, args)
-            if words_of(ours) in seen:
-                raise Lost("word for word an earlier row")
-            seen.add(words_of(ours))
-            waveform = ours.pop("audio")
-            write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
-            line = {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
-        except Lost as loss:
-            line = {"lost": loss.reason, "key": key}
-            tqdm.write(f"{key} is left out: {loss}")
-        done.append(line)
-        append_line(part / "rows.jsonl", line)
-        if len(done) == 10 and not seen and getattr(args, "voice", None):
+        done.append(converted(i, rows[i], name, seen, part, args))
+        tars.append_line(part / "rows.jsonl", done[-1])
+        if len(done) == 10 and not seen and hasattr(args, "voice"):
             tqdm.write(f"none of the first ten rows is kept: {args.tts} and {args.asr} do not fit each other")
-    kept = [line for line in done if "row" in line]
+    lost, kept = ([line for line in done if kind in line] for kind in ("lost", "row"))
     if not kept:
-        reasons = "; ".join(sorted({line["lost"] for line in done}))
-        raise SystemExit(f"no row of {args.origin or source.origin} is left: {reasons}")
+        raise SystemExit(f"no row is left: {'; '.join(sorted({line['lost'] for line in lost}))}")
     # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
-    places = ({"bytes": None, "path": str(part.resolve() / line["clip"])} for line in kept)
-    ready = [dict.fromkeys(COLUMNS) | line["row"] | {"audio": place, "seconds": line["seconds"]}
-             for line, place in zip(kept, places)]
+    ready = [dict.fromkeys(COLUMNS) | line["row"] | {"seconds": line["seconds"], "audio": {
+        "bytes": None, "path": str(part.resolve() / line["clip"])}} for line in kept]
     questions = datasets.Dataset.from_list(ready, features=COLUMNS)
     questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
     (part / "data").rename(out)
     shutil.rmtree(part)
     print(f"\n{'rows in':<44}{count:>8}")
-    for reason, lost in Counter(line["lost"] for line in done if "lost" in line).most_common():
-        print(f"{'  left out: ' + reason:<44}{lost:>8}")
+    for reason, n in Counter(line["lost"] for line in lost).most_common():
+        print(f"{'  left out: ' + reason:<44}{n:>8}")
     print(f"{'rows out':<44}{len(kept):>8}\n{'hours of audio':<44}{sum(line['seconds'] for line in kept) / 3600:>8.2f}")
     print(f"written to {out}")
 
@@ -1046,33 +964,31 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    of_demo = (
-        ("--out", "runs/demo", "directory to write"),
-        ("--seed", 0, "seed of questions, voices and base model"),
-        ("--text-steps", 800, "steps of the base model's stage 1"),
-        ("--speech-steps", 600, "steps of its stage 2 at most"),
-        ("--stop-at", 0.40, "speech accuracy at which stage 2 stops"),
-        ("--worked-out", 1.0, "share of the LLM's answers that write the result between down"),
-        ("--train-clips", 4000, "spoken training questions"),
-        ("--val-clips", 512, "spoken questions that decide when stage 2 stops"),
-        ("--test-clips", 512, "held-out spoken questions"),
-    )
-    of_all = (
-        ("--out", "runs/data", "directory to write"),
-        ("--origin", "", "hub name or local files to read; empty: the source's own place on the hub"),
-        ("--limit", 0, "only the first so many rows; 0 means all"),
-        ("--max-seconds", 120.0, "longer clips are left out"),
-    )
-    of_mmlu = (
-        ("--seed", 0, "seed of the voice's noise and speaking rate"),
-        ("--tries", 10, "readings of a question before it is left out"),
-        ("--tts", "facebook/mms-tts-eng", "the voice, a VITS model"),
-        ("--asr", "openai/whisper-medium", "the listener, a Whisper model"),
-    )
-    for name, flags in (("demo", of_demo), *((name, of_all + (of_mmlu if name in SPOKEN else ())) for name in SOURCES)):
+    of_demo = {
+        "--out": ("runs/demo", "directory to write"),
+        "--seed": (0, "seed of questions, voices and base model"),
+        "--text-steps": (800, "steps of the base model's stage 1"),
+        "--speech-steps": (600, "steps of its stage 2 at most"),
+        "--stop-at": (0.40, "speech accuracy at which stage 2 stops"),
+        "--worked-out": (1.0, "share of the LLM's answers that write the result between down"),
+        "--train-clips": (4000, "spoken training questions"),
+        "--val-clips": (512, "spoken questions that decide when stage 2 stops"),
+        "--test-clips": (512, "held-out spoken questions")}
+    of_all = {
+        "--out": ("runs/data", "directory to write"),
+        "--origin": ("", "hub name or local files to read; empty: the source's own place on the hub"),
+        "--limit": (0, "only the first so many rows; 0 means all"),
+        "--max-seconds": (120.0, "longer clips are left out")}
+    of_spoken = {
+        "--seed": (0, "seed of the voice's noise and speaking rate"),
+        "--tries": (10, "readings of a question before it is left out"),
+        "--tts": ("facebook/mms-tts-eng", "the voice, a VITS model"),
+        "--asr": ("openai/whisper-medium", "the listener, a Whisper model")}
+    flags = {"demo": of_demo} | {name: of_all | (of_spoken if name in SPOKEN else {}) for name in SOURCES}
+    for name in flags:
         command = commands.add_parser(name, allow_abbrev=False)
-        for flag, default, help in flags:
-            command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{help} [{default}]")
+        for flag, (default, text) in flags[name].items():
+            command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{text} [{default}]")
     args = parser.parse_args(arguments)
     demo(args) if args.source == "demo" else convert(args.source, args)
 

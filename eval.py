@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import sys
 import textwrap
 import time
 import zlib
@@ -39,13 +38,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+import tars
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
-from tars import BFLOAT16, DEVICE, FREE, LETTERS, MODALITIES, SAMPLE_RATE, SPEECH, SYSTEM_PROMPT, TEXT, Config
-from tars import LoRALinear, Phi4Multimodal, Qwen25Omni, SpeechLM, answer_greedily, append_line, attach_lora
-from tars import embed_ngrams, extract_answers, family_of, grpo_loss, judge, layer_weights, load_embedder
-from tars import load_extractor, load_questions, make_trainable, modality_advantages, modality_recovery_rate, pad_left
-from tars import parse_config, positions, question_batches, read_clip, reference_features, representation_reward
-from tars import token_weights, train_step, write_aside
+from tars import BFLOAT16, DEVICE, LETTERS, MODALITIES, SPEECH, TEXT, Config, SpeechLM, judge
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -79,7 +74,7 @@ def detach_lora(lm):
     """Put the frozen layers back in place of LoRA's: the base model."""
     for parent in list(lm.decoder.layers.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, LoRALinear):
+            if isinstance(child, tars.LoRALinear):
                 setattr(parent, name, child.linear)
 
 
@@ -87,7 +82,7 @@ def load_adapter(lm, path):
     """Attach a saved adapter in place of any other; one of another model or rank is refused."""
     scale = json.loads((Path(path) / "adapter_config.json").read_text())
     detach_lora(lm)
-    attach_lora(lm, scale["r"], scale["lora_alpha"])
+    tars.attach_lora(lm, scale["r"], scale["lora_alpha"])
 
     def tail(name):  # where the decoder sits in the model differs between versions of transformers
         return name.split("layers.", 1)[-1].removesuffix(".weight")
@@ -144,81 +139,71 @@ def cached_records(name, paths, data, questions, each, answer, args, cfg):
     if len(done) < each * len(questions):
         first = len(done) // (each * cfg.eval_batch) * cfg.eval_batch  # whole batches, to form the same ones again
         done = done[: each * first]
-        write_aside(file, "".join(json.dumps(line) + "\n" for line in [begun, *done]).encode())
+        tars.write_aside(file, "".join(json.dumps(line) + "\n" for line in [begun, *done]).encode())
         for record in answer(questions.select(order[first:])):
-            append_line(file, record)
+            tars.append_line(file, record)
             done.append(record)
     return [record for i in np.argsort(order) for record in done[each * i : each * (i + 1)]]
 
 
 def cascade(lm, listener, questions, extract, cfg):
     """Whisper transcribes each clip, the model answers the transcript in writing. Yields records."""
-    for batch in question_batches(questions, cfg.eval_batch, "cascade"):
-        transcripts = [listener.transcribe(read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
+    for batch in tars.question_batches(questions, cfg.eval_batch, "cascade"):
+        transcripts = [listener.transcribe(tars.read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
         with torch.no_grad():
             prompts = [[lm.prompt(lm.embed_text(text))] for text in transcripts]  # b lists of one prompt [P, H]
         ids, mask, cut = lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)  # [b, 1, 1, C]
         completions = lm.detokenize(ids, mask)
         letters, acc, _ = judge(batch, completions, extract)
+        columns = ("key", "heard", "completion", "answer", "right", "tokens", "cut")
         numbers = (x.flatten().tolist() for x in (acc == 1, mask.sum(-1), cut))
-        for q, text, completion, letter, right, tokens, c in zip(batch, transcripts, completions, letters, *numbers):
-            yield {"key": q["key"], "modality": "speech", "completion": completion, "answer": letter, "right": right,
-                   "tokens": tokens, "cut": c, "heard": text}
+        for values in zip([q["key"] for q in batch], transcripts, completions, letters, *numbers):
+            yield {"modality": "speech", **dict(zip(columns, values))}
 
 
-def accuracy_cell(records):
-    """Records -> (accuracy in percent, the table cell with its interval)."""
-    right, n = sum(r["right"] for r in records), len(records)
-    low, high = wilson(right, n)
-    return 100 * right / n, f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def compare(args, cfg, sets):
-    """Print Table 1: one row a model, two columns a data set, averages, unparsed share, MRR."""
-    extract = load_extractor(cfg)
-    listener = Listener(args.cascade, DEVICE) if args.cascade else None
+def table_1(args, cfg, sets):
+    """Print Table 1: one row a model, two columns a data set, averages, unparsed and cut answers, length, MRR."""
+    extract, listener = tars.load_extractor(cfg), Listener(args.cascade, DEVICE) if args.cascade else None
     rows, base_text = [], args.base_text_accuracy
     for name, lm in speech_lms(args):
-        measured = {}
-        for data, questions in sets.items():
-            answer = partial(answer_greedily, lm, extract=extract, cfg=cfg)
-            paths = [args.model, name] if name in args.adapter else [args.model]
-            records = cached_records(name, paths, data, questions, len(MODALITIES), answer, args, cfg)
-            measured[data] = {m: [r for r in records if r["modality"] == m] for m in MODALITIES}
-        if base_text is None:
-            base_text = np.mean([accuracy_cell(by["text"])[0] for by in measured.values()])
-        rows.append(row_of(name, measured, base_text))
+        paths, answer = [args.model], partial(tars.answer_greedily, lm, extract=extract, cfg=cfg)
+        paths += [name] * (name in args.adapter)
+        records = {data: cached_records(name, paths, data, questions, len(MODALITIES), answer, args, cfg)
+                   for data, questions in sets.items()}
+        base_text = base_text or np.mean([accuracy(some, "text")[0] for some in records.values()])
+        rows.append(row_of(name, records, base_text))
         if name == "base" and listener:
-            name = f"cascade {args.cascade}"
-            paths = [args.model, args.cascade]
-            rows.append(row_of(name, {data: {"speech": cached_records(
-                name, paths, data, questions, 1, partial(cascade, lm, listener, extract=extract, cfg=cfg), args, cfg)}
-                for data, questions in sets.items()}, base_text))
+            name, paths = f"cascade {args.cascade}", [args.model, args.cascade]
+            answer = partial(cascade, lm, listener, extract=extract, cfg=cfg)
+            rows.append(row_of(name, {data: cached_records(name, paths, data, questions, 1, answer, args, cfg)
+                                      for data, questions in sets.items()}, base_text))
     sizes = ", ".join(f"{data}: {len(questions)} questions" for data, questions in sets.items())
     columns = [f"{data} {column}" for data in sets for column in ("A %", "T %")]
     head = ["model", *columns, "avg A", "avg T", "unparsed A/T %", "cut A/T %", "tokens A/T", "MRR %"]
     print(f"{sizes}; A speech, T text, [95 % interval]\n" + table(head, rows))
 
 
+def accuracy(records, modality):
+    """Records of one data set -> (accuracy in percent, the table's cell with its interval)."""
+    right = [r["right"] for r in records if r["modality"] == modality]
+    if not right:  # the cascade does not write
+        return math.nan, "-"
+    low, high = wilson(sum(right), len(right))
+    return 100 * np.mean(right), f"{100 * np.mean(right):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def row_of(name, measured, base_text):
-    """One row of Table 1 from {data set: {modality: records}}."""
-    cells, columns = [], {m: [] for m in MODALITIES}
-    for by in measured.values():
-        for m in MODALITIES:
-            percent, cell = accuracy_cell(by[m]) if m in by else (float("nan"), "-")
-            cells.append(cell)
-            columns[m].append(percent)
-    average = {m: np.mean(columns[m]) for m in MODALITIES}
-
-    def shown(x):
-        return "-" if math.isnan(x) else f"{x:.1f}"
-
-    both = [[r for by in measured.values() for r in by.get(m, [])] for m in MODALITIES]  # records of each modality
-    told = ["/".join(f"{scale * np.mean([value(r) for r in some]):.{digits}f}" if some else "-" for some in both)
-            for value, scale, digits in ((lambda r: r["answer"] is None, 100, 1), (lambda r: r["cut"], 100, 1),
-                                         (lambda r: r["tokens"], 1, 0))]
-    mrr = modality_recovery_rate(average["speech"], base_text)
-    return [name, *cells, *map(shown, average.values()), *told, shown(mrr)]
+    """One row of Table 1 from {data set: records}."""
+    cells = [accuracy(records, m) for records in measured.values() for m in MODALITIES]
+    average = [np.mean([percent for percent, _ in cells[i :: len(MODALITIES)]]) for i in range(len(MODALITIES))]
+    told = []
+    for value, digits in ((lambda r: 100 * (r["answer"] is None), 1), (lambda r: 100 * r["cut"], 1),
+                          (lambda r: r["tokens"], 1)):
+        both = [[value(r) for some in measured.values() for r in some if r["modality"] == m] for m in MODALITIES]
+        told.append("/".join(f"{np.mean(values):.{digits}f}" if values else "-" for values in both))
+    numbers = [*average, tars.modality_recovery_rate(average[SPEECH], base_text)]
+    shown = ["-" if math.isnan(x) else f"{x:.1f}" for x in numbers]
+    return [name, *(cell for _, cell in cells), *shown[:-1], *told, shown[-1]]
 
 
 # ==== 3. Word error rate: did recognition improve, and not reasoning? =================================================
@@ -226,7 +211,7 @@ def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = []
     for name, lm in speech_lms(args):
-        before = lm.family.before_user.replace(SYSTEM_PROMPT, ASR_SYSTEM)
+        before = lm.family.before_user.replace(tars.SYSTEM_PROMPT, ASR_SYSTEM)
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
             raise SystemExit(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
                              "this model (the demo's, say) was never taught to transcribe")
@@ -236,7 +221,7 @@ def transcribe(args, cfg, sets):
         cells = []
         for questions in sets.values():
             errors = []
-            for batch in question_batches(questions, cfg.eval_batch, "asr"):
+            for batch in tars.question_batches(questions, cfg.eval_batch, "asr"):
                 with torch.no_grad():
                     prompts = [[torch.cat([before, turn, request, after])] for turn in lm.spoken_turns(batch)]
                 outputs = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
@@ -279,15 +264,15 @@ def token_cosines(speech, text, completion_mask):
 def layer_cosines(lm, questions, cfg):
     """Teacher-force the model's own greedy text answers under both prompts -> cosine per question and layer [n, L]."""
     cosines = []
-    for batch in question_batches(questions, cfg.eval_batch, "layers"):
+    for batch in tars.question_batches(questions, cfg.eval_batch, "layers"):
         prompts = lm.embed_prompts(batch)  # b lists of M prompts [P, H]
         ids, mask, _ = lm.rollout([[question[TEXT]] for question in prompts], 1, cfg.max_new_tokens, temperature=0)
         answer, mask = lm.embed_tokens(ids[:, 0, 0]), mask[:, 0, 0]  # [b, C, H], [b, C]
-        embeds, prompt_mask = pad_left([prompt for question in prompts for prompt in question])  # [b * M, P, H]
+        embeds, prompt_mask = tars.pad_left([prompt for question in prompts for prompt in question])  # [b * M, P, H]
         M, P = len(prompts[0]), prompt_mask.shape[1]
         embeds = torch.cat([embeds, answer.repeat_interleave(M, 0)], dim=1)  # [b * M, P + C, H]
         seen = torch.cat([prompt_mask, mask.repeat_interleave(M, 0)], dim=1)  # [b * M, P + C]
-        states = lm.run_decoder(embeds, seen, positions(seen), output_hidden_states=True).hidden_states[1:]
+        states = lm.run_decoder(embeds, seen, tars.positions(seen), output_hidden_states=True).hidden_states[1:]
         states = torch.stack([h[:, P:].unflatten(0, (-1, M)) for h in states])  # [L, b, M, C, H]
         cosines.append(token_cosines(states[:, :, SPEECH], states[:, :, TEXT], mask).cpu())
     return torch.cat(cosines)
@@ -309,45 +294,44 @@ def drift(args, cfg, sets):
 
 def draw(lines, x_label, y_label, path):
     """A figure of {name: (x, mean, half the height of the band around it)}."""
-    figure, axis = pyplot().subplots(figsize=(7, 4))
+    import matplotlib.pyplot as plt  # optional
+
+    figure, axis = plt.subplots(figsize=(7, 4))
     for name, (x, mean, half) in lines.items():
         axis.plot(x, mean, label=name)
         axis.fill_between(x, mean - half, mean + half, alpha=0.2)
     axis.set(xlabel=x_label, ylabel=y_label)
     axis.locator_params(axis="x", integer=True)
     axis.legend()
-    save(figure, path)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 # ==== 5. Curves over training =========================================================================================
 def curves(args):
-    """Plot rewards, accuracy in roll-outs and on the evaluation set, and MRR over steps."""
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7), constrained_layout=True)
-    panels = (("reward_speech", "reward of spoken answers"), ("rep_speech", "R_rep (cosine)"),
-              ("beh_speech", "R_beh (cosine)"), ("entropy_speech", "entropy of spoken answers"),
-              ("acc_speech", "spoken accuracy, %"), ("acc_text", "written accuracy, %"), ("mrr", "MRR, %"),
-              ("length_speech", "length of spoken answers"))
+    """Plot accuracy, length of answers and dense rewards over steps: roll-outs as lines, evaluations as dots."""
+    import matplotlib.pyplot as plt  # optional
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
+    panels = (("acc_speech", "spoken accuracy, %"), ("length_speech", "tokens of a spoken answer"),
+              ("rep_speech", "R_rep (cosine)"), ("acc_text", "written accuracy, %"),
+              ("length_text", "tokens of a written answer"), ("beh_speech", "R_beh (cosine)"))
     for folder in args.curves:
-        log, summary = read_run(folder)
-        base_text = summary["base_text"]
+        log, _ = read_run(folder)
         for axis, (key, label) in zip(axes.flat, panels):
-            points = [(line["step"], line["acc_speech"] / base_text if key == "mrr" else line[key]) for line in log]
-            steps, values = np.array(points).T
-            if not values.any():  # a reward that this run did not compute
-                continue
-            values = values * (100 if key == "mrr" or key.startswith("acc") else 1)
-            window = min(20, len(values))
-            smooth = np.convolve(values, np.ones(window) / window, "valid")
-            drawn = axis.plot(steps[window - 1 :], smooth, label=Path(folder).name)[0]
+            scale = 100 if key.startswith("acc") else 1
+            drawn = axis.plot([], label=Path(folder).name)[0]  # the same colour in each panel, drawn or not
             axis.set(xlabel="step", ylabel=label)
-            points = [(line["step"], line[f"eval_{key[4:]}"] if key != "mrr" else line["eval_speech"] / base_text)
-                      for line in log if "eval_speech" in line and (key == "mrr" or key.startswith("acc"))]
-            if points:
-                axis.plot(*zip(*[(step, 100 * value) for step, value in points]), "o", color=drawn.get_color())
+            values = np.array([scale * line.get(key, 0.0) for line in log])
+            if values.any():  # a baseline has no roll-outs of its own, plain GRPO no dense rewards
+                window = min(20, len(values))
+                smooth = np.convolve(values, np.ones(window) / window, "valid")
+                axis.plot(np.arange(window, len(values) + 1), smooth, color=drawn.get_color())
+            key = "eval_" + key.removeprefix("acc_")
+            dots = [(line["step"], scale * line[key]) for line in log if key in line]
+            axis.plot(*zip(*dots), "o", color=drawn.get_color()) if dots else None
     axes.flat[0].legend()
     figure.suptitle("Lines: roll-outs at the training temperature, mean of 20 steps. Dots: greedy, evaluation set.")
-    save(figure, args.plot or "curves.png")
+    figure.savefig(args.plot or "curves.png", dpi=150)
 
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; from 15 on they are near 2.1.
@@ -385,7 +369,7 @@ def read_groups(folders):
         runs.append((folder, json.loads((Path(folder) / "config.json").read_text()), *read_run(folder)))
     runs.sort(key=lambda run: bool(run[1]["alpha"] or run[1]["beta"] or "method" in run[1]))
     usual = asdict(Config())  # a name or a switch is shown only where it is unusual
-    names = [name for name in usual | {"method": "", "rounds": 1} if name not in FREE | {"seed", "model"}]
+    names = [name for name in usual | {"method": "", "rounds": 1} if name not in tars.FREE | {"seed", "model"}]
     names = [name for name in names if len({run[1].get(name) for run in runs}) > 1]
     for folder, cfg, log, summary in runs:
         hidden = {"alpha", "beta"} if "method" in cfg else {}  # a baseline of course/ has no rewards
@@ -406,30 +390,26 @@ def read_groups(folders):
 def compare_runs(args):
     """Print what each group of settings reached over its seeds, against plain GRPO or else the first group."""
     groups = read_groups(args.compare)
-    plain = next(iter(groups))
-    rows, raw, bands, scores, written = [], {}, {}, {}, []
+    plain, rows, bands, written = next(iter(groups)), [], {}, []
+    raw, scores = {}, {}  # {seed: cells}; {settings: {seed: (speech, text, mean of speech over the steps)}}
     for number, (name, runs) in enumerate(groups.items(), 1):
-        spoken = {seed: accuracy_curve(*run, "speech") for seed, run in runs.items()}  # [steps + 1] each
+        bands[name] = [accuracy_curve(*run, "speech") for run in runs.values()]  # [steps + 1] each
         written += [accuracy_curve(*run, "text") for run in runs.values()]
-        scores[name] = {seed: (curve[-1], 100 * runs[seed][1]["text"], curve.mean()) for seed, curve in spoken.items()}
-        reached = [next((step for step, value in enumerate(curve) if value >= 60), math.inf)
-                   for curve in spoken.values()]
+        scores[name] = {seed: (curve[-1], 100 * runs[seed][1]["text"], curve.mean())
+                        for seed, curve in zip(runs, bands[name])}
         means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in zip(*scores[name].values())]
-        rows.append([f"({number}) {name}", str(len(runs)), *means, f"{np.median(reached):g}"])
+        rows.append([f"({number}) {name}", str(len(runs)), *means])
         both = sorted(scores[name].keys() & scores[plain].keys())
-        for k in (0, 2) if name != plain else ():  # at the end; over all steps
+        for k in (0, 2):  # at the end; over all steps
             values, others = ([scores[group][seed][k] for seed in both] for group in (name, plain))
             mean, half, wins = paired_difference(values, others)
             interval = f" [{mean - half:+.1f}, {mean + half:+.1f}]" if len(both) > 1 else ""
-            rows[-1].append(f"{mean:+.1f}{interval}, {wins} of {len(both)}")
-        bands[name] = list(spoken.values())
+            rows[-1].append("-" if name == plain else f"{mean:+.1f}{interval}, {wins} of {len(both)}")
         for seed, (_, summary) in runs.items():
             base = f"{100 * summary['base_speech']:.1f} / {100 * summary['base_text']:.1f}"
             raw.setdefault(seed, [str(seed), base, *["-"] * len(groups)])
             raw[seed][1 + number] = "{:.1f} / {:.1f}".format(*scores[name][seed][:2])
-    head = ["settings", "n", "speech %", "text %", "mean over steps %", "60 % at step", "speech minus (1), wins",
-            "mean over steps, likewise"]
-    rows[0] += ["-", "-"]
+    head = ["settings", "n", "speech %", "text %", "mean over steps %", "speech minus (1), wins", "mean, likewise"]
     print(table(head, rows))
     head = ["seed", "base", *(f"({number})" for number in range(1, len(groups) + 1))]
     print("\nspeech / text %\n" + table(head, [raw[seed] for seed in sorted(raw)]))
@@ -444,98 +424,82 @@ def read_run(run):
     return read_lines(Path(run) / "log.jsonl"), json.loads((Path(run) / "summary.json").read_text())
 
 
-def pyplot():
-    """matplotlib.pyplot without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def save(figure, path):
-    """Save a figure."""
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    print(f"figure: {path}")
-
-
 # ==== 6. --explain: one group worked through, equation by equation ====================================================
 def explain(args):
-    """What one training step computes for the first question, each equation with its numbers, within 100 columns.
+    """train_step on the first question, each equation with its numbers, within 100 columns.
     Settings, and the adapter once it is saved, are those of the run args.explain; without one, those of args.model.
     """
-    cfg = settings_of(args.explain) if args.explain else parse_config(["--model", args.model])
-    lm, question = SpeechLM.from_pretrained(cfg.model), load_questions(cfg.data)[0]
-    embedder, extract = load_embedder(cfg), load_extractor(cfg)
+    cfg = settings_of(args.explain) if args.explain else tars.parse_config(["--model", args.model])
+    lm, question = SpeechLM.from_pretrained(cfg.model), tars.load_questions(cfg.data)[0]
     trained = args.explain and (Path(args.explain) / "adapter_config.json").exists()
     if trained:
         load_adapter(lm, args.explain)
-    else:
-        attach_lora(lm, cfg.lora_rank, cfg.lora_alpha)
-    nothing = torch.optim.SGD([p for p in lm.model.parameters() if p.requires_grad], lr=0.0)
-    generator = torch.Generator(lm.device).manual_seed(cfg.seed)
-    _, group = train_step(lm, [question], embedder, extract, nothing, cfg, generator)
-
-    generator.manual_seed(cfg.seed)  # the same answers once more, for what the step does not return
+    generator, half = torch.Generator(lm.device).manual_seed(cfg.seed), cfg.group_size // 2
     prompts = lm.embed_prompts([question])
-    ids, mask, truncated = lm.rollout(prompts, cfg.group_size // 2, cfg.max_new_tokens, cfg.temperature, generator)
+    ids, mask, cut = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)  # [1, M, G/2, C]
+    completions = lm.detokenize(ids, mask)
+    letters, acc, fmt = judge([question], completions, tars.load_extractor(cfg))
+    acc, fmt = (x.to(lm.device).view(cut.shape) for x in (acc, fmt))  # [1, M, G/2]
+    base = tars.base_reward(acc, fmt, cfg.lam)
+    references = tars.pick_references((acc[:, TEXT] == 1) & ~cut[:, TEXT], generator)  # [1, G/2]
     with torch.no_grad():
         logps, states = lm.score(prompts, ids, mask, cfg.temperature)  # [1, M, G/2, C], [1, M, G/2, L, H]
-    speech, text = group["speech"], group["text"]
-    answers = {f"S{s + 1}": answer for s, answer in enumerate(speech)} | {f"T{s + 1}": a for s, a in enumerate(text)}
-    letters, *_ = judge([question], [answer["completion"] for answer in answers.values()], extract)
-    names = {s: f"T{s + 1}" for s in range(len(text))} | {-1: "none: 0"}  # of the references
-    pairs = [f"  {name}  cos with {names[answer['reference']]}:" for name, answer in zip(answers, speech)]
+    rep, beh = torch.zeros_like(base), torch.zeros_like(base)
+    weights = tars.layer_weights(cfg.layers, states.shape[-2]).to(lm.device)  # [L]
+    y_star = tars.reference_features(states[:, TEXT], references)  # [1, G/2, L, H]
+    if cfg.alpha:
+        rep[:, SPEECH] = tars.representation_reward(states[:, SPEECH], y_star, weights)
+    if cfg.beta:
+        sentences = tars.load_embedder(cfg)(completions).to(lm.device).unflatten(0, base.shape)  # [1, M, G/2, D]
+        of_y_star = tars.reference_features(sentences[:, TEXT], references)  # [1, G/2, D]
+        beh[:, SPEECH] = tars.behavior_reward(sentences[:, SPEECH], of_y_star)
+    reward = tars.total_reward(base, rep, beh, cfg.alpha, cfg.beta)
+    advantage = tars.modality_advantages(reward, cfg.joint_norm).flatten()
+    other = tars.modality_advantages(reward, not cfg.joint_norm).flatten()
 
+    answers = [f"{m}{s + 1}" for m in "ST" for s in range(half)]  # as the tensors are flattened
+    terms = [x.flatten().tolist() for x in (acc, fmt, base, rep, beh, reward, advantage, other)]
+    rows = list(zip(answers, completions, letters, *terms))
+    of = [f"T{r + 1}" if r >= 0 else "none: 0" for r in references[0].tolist()]  # the reference of each spoken answer
     print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}\n"
           f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
           "to the written one." + (f"\nThe adapter of {args.explain} is loaded." if trained else ""))
     show("The model answers G times, half from speech, half from text", "rollout",
-         [f"  {n}  {textwrap.shorten(a['completion'], 94, placeholder=' ...')}" for n, a in answers.items()])
+         [f"  {name}  {textwrap.shorten(text, 94, placeholder=' ...')}" for name, text, *_ in rows])
     show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
-         [f"  {n}  answer {letter or '-'}:  {a['acc']:.0f} + {cfg.lam:g} * {a['fmt']:.0f} = {a['base']:.2f}"
-          for letter, (n, a) in zip(letters, answers.items())])
+         [f"  {name}  answer {letter or '-'}:  {a:.0f} + {cfg.lam:g} * {f:.0f} = {b:.2f}"
+          for name, _, letter, a, f, b, *_ in rows])
     show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
-         ["  " + "   ".join(f"{n} -> {names[a['reference']]}" for n, a in zip(answers, speech))])
+         ["  " + "   ".join(f"{name} -> {reference}" for name, reference in zip(answers, of))])
     if cfg.alpha:
-        weights = layer_weights(cfg.layers, states.shape[-2])  # [L]
+        near = F.cosine_similarity(states[:, SPEECH], y_star, dim=-1)[0]  # [G/2, L]
         used = weights.nonzero()[:, 0].tolist()
-        references = torch.tensor([[a["reference"] for a in speech]], device=lm.device)
-        y_star = reference_features(states[:, TEXT], references)  # [1, G/2, L, H]
-        alone = torch.eye(len(weights), device=lm.device)  # [L, L], the weights that take one layer alone
-        by_layer = {layer: representation_reward(states[:, SPEECH], y_star, alone[layer])[0].tolist()
-                    for layer in sorted({used[0], used[len(used) // 2], used[-1]})}
+        shown = sorted({used[0], used[len(used) // 2], used[-1]})
         show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
-             [f"{pair}  " + "  ".join(f"layer {layer + 1} {cosines[s]:.3f}" for layer, cosines in by_layer.items()) +
-              f"   mean of {len(used)} layers {speech[s]['rep']:.3f}" for s, pair in enumerate(pairs)])
+             [f"  {name}  cos with {of[s]}:  " + "  ".join(f"layer {layer + 1} {near[s, layer]:.3f}" for layer in shown)
+              + f"   mean of {len(used)} layers {rows[s][6]:.3f}" for s, name in enumerate(answers[:half])])
     if cfg.beta:
         show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
-             [f"{pair} {a['beh']:.3f}" for pair, a in zip(pairs, speech)])
+             [f"  {name}  cos with {of[s]}: {rows[s][7]:.3f}" for s, name in enumerate(answers[:half])])
     show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh", "total_reward",
-         [f"  {n}  {a['base']:.2f} + {cfg.alpha:g} * {a['rep']:.3f} + {cfg.beta:g} * {a['beh']:.3f} = {a['reward']:.3f}"
-          for n, a in answers.items()])
-    R = torch.tensor([[[a["reward"] for a in half] for half in (speech, text)]])  # [1, M, G/2]
-    other = modality_advantages(R, not cfg.joint_norm).flatten().tolist()
+         [f"  {name}  {b:.2f} + {cfg.alpha:g} * {r:.3f} + {cfg.beta:g} * {h:.3f} = {R:.3f}"
+          for name, _, _, _, _, b, r, h, R, *_ in rows])
     means = "a mean for each modality" if cfg.joint_norm else "one joint mean"
     show("Eq. (7)  A = R - mean" + (" of the group" if cfg.joint_norm else " of its modality"), "modality_advantages",
-         [f"  {n}  {a['reward']:.3f} - {a['reward'] - a['advantage']:.3f} = {a['advantage']:+.3f}    "
-          f"with {means}, {a['reward'] - o:.3f}: {o:+.3f}" for o, (n, a) in zip(other, answers.items())])
+         [f"  {name}  {R:.3f} - {R - A:.3f} = {A:+.3f}    with {means}, {R - o:.3f}: {o:+.3f}"
+          for name, *_, R, A, o in rows])
     # The token whose loss is shown: from the middle of the answer with the largest advantage.
-    name, answer = max(answers.items(), key=lambda item: abs(item[1]["advantage"]))
-    best, A = list(answers).index(name), answer["advantage"]
-    n_tokens = 1 / token_weights(mask, truncated).max()
+    best = advantage.abs().argmax().item()
+    A, n_tokens = advantage[best].item(), 1 / tars.token_weights(mask, cut).max()
     token = int(mask.flatten(0, 2)[best].sum()) // 2
     word, logp = lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item()), logps.flatten(0, 2)[best, token].item()
-    low, high = 1 - cfg.eps_low, 1 + cfg.eps_high
-    value = {rho: grpo_loss(torch.tensor([math.log(rho)]), torch.zeros(1), torch.tensor(A), 1 / n_tokens, cfg.eps_low,
-                            cfg.eps_high) for rho in (1, high + 0.22)}
+    rho, clipped = torch.tensor([1.5]), min(1.5, 1 + cfg.eps_high)
+    loss = tars.grpo_loss(rho.log(), torch.zeros(1), torch.tensor(A), 1 / n_tokens, cfg.eps_low, cfg.eps_high)
     show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
-         [f"  token {token + 1} of {name}, {word!r}: log pi = {logp:.3f}, rho = exp({logp:.3f} - ({logp:.3f})) = 1",
-          f"  clip(1, {low:g}, {high:g}) = 1;  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens:.0f} = {value[1]:+.5f}",
+         [f"  token {token + 1} of {answers[best]}, {word!r}: log pi = {logp:.3f}, rho = exp(0) = 1",
+          f"  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens:.0f} = {-A / n_tokens:+.5f}",
           "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
-          *(f"  were rho {rho:g}: - min({rho * A:+.3f}, {high * A:+.3f}) / {n_tokens:.0f} = {loss:+.5f}"
-            for rho, loss in value.items() if rho != 1)])
+          f"  were rho 1.5: - min({1.5 * A:+.3f}, {clipped * A:+.3f}) / {n_tokens:.0f} = {loss:+.5f}"])
 
 
 def show(title, function, rows):
@@ -552,12 +516,13 @@ def settings_of(folder):
 # ==== 7. --random-weights: does a run fit the GPU? ====================================================================
 # Of each repository on the hub: its family, and the settings that differ from transformers' defaults.
 HUB_SETTINGS = {
-    "Qwen/Qwen2.5-Omni-7B": (Qwen25Omni, {"vision_config": {"hidden_size": 1280}}),
-    "Qwen/Qwen2.5-Omni-3B": (Qwen25Omni, {
+    "Qwen/Qwen2.5-Omni-7B": (tars.Qwen25Omni, {"vision_config": {"hidden_size": 1280}}),
+    "Qwen/Qwen2.5-Omni-3B": (tars.Qwen25Omni, {
         "text_config": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
                         "num_key_value_heads": 2, "intermediate_size": 11_008, "vocab_size": 151_936},
         "audio_config": {"output_dim": 2048}, "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048}}),
-    "microsoft/Phi-4-multimodal-instruct": (Phi4Multimodal, {"tie_word_embeddings": True, "num_attention_heads": 24}),
+    "microsoft/Phi-4-multimodal-instruct": (
+        tars.Phi4Multimodal, {"tie_word_embeddings": True, "num_attention_heads": 24}),
 }
 
 
@@ -578,14 +543,14 @@ def with_random_weights(path):
     `path` is a directory with a config.json or a name of HUB_SETTINGS. Answers never end by themselves.
     """
     if Path(path).is_dir():
-        family = family_of(path)
+        family = tars.family_of(path)
         config = family.model_class.config_class.from_pretrained(path)
     elif path in HUB_SETTINGS:
         family, settings = HUB_SETTINGS[path]
         config = family.model_class.config_class(**settings)
     else:
         raise SystemExit(f"--random-weights {path}: give {', '.join(HUB_SETTINGS)}, or a directory with a config.json")
-    sizes = {"feature_size": config.audio_config.num_mel_bins, "chunk_length": 300} if family is Qwen25Omni else {}
+    sizes = {"feature_size": config.audio_config.num_mel_bins, "chunk_length": 300} if family is tars.Qwen25Omni else {}
     with torch.device(DEVICE):
         model = family.model_class._from_config(config, dtype=torch.bfloat16 if BFLOAT16 else torch.float32)
     lm = SpeechLM(family, model, byte_tokenizer(family), family.feature_extractor_class(**sizes))
@@ -622,11 +587,11 @@ def random_weights(args):
     if args.mean_tokens:  # one token in so many ends an answer: the distribution over tokens is nearly uniform
         lm.eos_ids = torch.arange(0, lm.model.lm_head.out_features, args.mean_tokens, device=lm.device)
     rng = np.random.default_rng(cfg.seed)
-    clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(SAMPLE_RATE * seconds)))
+    clips = rng.uniform(-0.5, 0.5, (cfg.questions_per_step, int(tars.SAMPLE_RATE * seconds)))
     # Written, a question of the paper's takes 340 tokens, and 73 s read aloud.
     questions = [{"key": f"noise-{i}", "question": "word " * int(340 / 73 / 5 * seconds), "options": list(LETTERS),
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
-    optimizer, generator = make_trainable(lm, cfg), torch.Generator(lm.device).manual_seed(cfg.seed)
+    optimizer, generator = tars.make_trainable(lm, cfg), torch.Generator(lm.device).manual_seed(cfg.seed)
     length = f"at most {cfg.max_new_tokens} tokens" + (f", {args.mean_tokens} on average" if args.mean_tokens else "")
     print(f"{len(lm.decoder.layers)} layers: {len(questions)} questions, clips of {seconds:g} s, {cfg.group_size} "
           f"answers of {length}")
@@ -637,16 +602,11 @@ def random_weights(args):
         phases, start = {}, clock()
         for phase, name in methods.items():
             setattr(lm, name, timed(plain[name], phases, phase))
-        metrics, _ = train_step(lm, questions, embed_ngrams, extract_answers, optimizer, cfg, generator)
+        metrics, _ = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, generator)
         total = clock() - start
         tokens = sum(metrics[f"length_{m}"] for m in MODALITIES) * len(questions) * cfg.group_size / 2
-        if DEVICE == "cuda":
-            peak = torch.cuda.max_memory_reserved()
-        else:
-            import resource  # Windows has none: the rest of this file runs there
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        numbers = (*phases.values(), total - sum(phases.values()), total, tokens / total, peak / 2**30)
+        peak = torch.cuda.max_memory_reserved() / 2**30 if DEVICE == "cuda" else math.nan
+        numbers = (*phases.values(), total - sum(phases.values()), total, tokens / total, peak)
         print(f"{step + 1:>15}" + "".join(f"{x:>15.2f}" for x in numbers), flush=True)
 
 
@@ -655,51 +615,42 @@ def main(arguments=None):
     """Parse the command line and run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default, help in (
-        ("--model", "runs/demo/model", "base model"),
-        ("--out", "runs/eval", "where every answer is kept"),
-        ("--extractor", "regex", "answer extractor, `regex` or an xFinder model"),
-        ("--audio-seconds", 60.0, "with --random-weights: length of its clips"),
-    ):
-        parser.add_argument(flag, default=default, type=type(default), metavar="", help=f"{help} [{default}]")
-    for flag, kind, help in (
-        ("--limit", int, "only the first so many questions of each data set [all]"),
-        ("--max-new-tokens", int, "longest completion [the model's own, else 1024]"),
-        ("--eval-batch", int, "questions per batch [the model's own, else 32]"),
-        ("--base-text-accuracy", float, "MRR's denominator in percent [measured, of the base]"),
-        ("--cascade", str, "a Whisper model that transcribes the clips for the base model's text branch"),
-        ("--ask", str, "a clip, or a written question with its options, that the models answer"),
-        ("--plot", str, "file of the figure, such as layers.png"),
-        ("--random-weights", str, "two training steps of this architecture on noise: seconds a phase, peak memory"),
-        ("--questions-per-step", int, "with --random-weights: B [8]"),
-        ("--group-size", int, "with --random-weights: G [8]"),
-        ("--tokens-per-micro-batch", int, "with --random-weights: as in tars.py [16384]"),
-        ("--mean-tokens", int, "with --random-weights: an answer's mean length [all are cut]"),
-    ):
-        parser.add_argument(flag, type=kind, metavar="", help=help)
-    for flag, help in (("--adapter", "--out directories of tars.py [runs/tars with the demo's model]"),
-                       ("--data", "data sets [the model's own]"), ("--curves", "runs whose logs are drawn"),
-                       ("--compare", "runs of several seeds, to compare by the settings in which they differ")):
-        parser.add_argument(flag, nargs="+", metavar="", help=help)
-    for flag, help in (("--asr", "measure the model as a transcriber"), ("--layers", "Figure 2")):
-        parser.add_argument(flag, action="store_true", help=help)
-    parser.add_argument("--explain", nargs="?", const="", metavar="RUN", help="one group, equation by equation")
+    add, add_list = partial(parser.add_argument, metavar=""), partial(parser.add_argument, metavar="", nargs="+")
+    add("--model", default="runs/demo/model", help="base model [runs/demo/model]")
+    add_list("--adapter", help="--out directories of tars.py [runs/tars with the demo's model]")
+    add_list("--data", help="data sets [the model's own]")
+    add("--limit", type=int, help="only the first so many questions of each data set [all]")
+    add("--out", default="runs/eval", help="where every answer is kept [runs/eval]")
+    add("--extractor", default="regex", help="answer extractor, `regex` or an xFinder model [regex]")
+    add("--max-new-tokens", type=int, help="longest completion [the model's own, else 1024]")
+    add("--eval-batch", type=int, help="questions per batch [the model's own, else 32]")
+    add("--base-text-accuracy", type=float, help="MRR's denominator in percent [measured, of the base]")
+    add("--cascade", help="a Whisper model that transcribes the clips for the base model's text branch")
+    parser.add_argument("--asr", action="store_true", help="measure the model as a transcriber")
+    parser.add_argument("--layers", action="store_true", help="Figure 2")
+    add("--ask", help="a clip, or a written question with its options, that the models answer")
+    add_list("--curves", help="runs whose logs are drawn")
+    add_list("--compare", help="runs of several seeds, to compare by the settings in which they differ")
+    add("--explain", nargs="?", const="", help="one group, equation by equation; of a run, if one is given")
+    add("--plot", help="file of the figure, such as layers.png")
+    add("--random-weights", help="two training steps of this architecture on noise: seconds a phase, peak memory")
+    add("--audio-seconds", type=float, default=60.0, help="with --random-weights: length of its clips [60]")
+    add("--mean-tokens", type=int, help="with --random-weights: an answer's mean length [all are cut]")
+    add("--questions-per-step", type=int, help="with --random-weights: B [8]")
+    add("--group-size", type=int, help="with --random-weights: G [8]")
+    add("--tokens-per-micro-batch", type=int, help="with --random-weights: as in tars.py [16384]")
     args = parser.parse_args(arguments)
-    if args.random_weights:
-        return random_weights(args)
-    if args.compare:
-        return compare_runs(args)
-    if args.curves:
-        return curves(args)
-    if args.explain:
-        return explain(args)
+    for chosen, command in ((args.random_weights, random_weights), (args.compare, compare_runs), (args.curves, curves),
+                            (args.explain, explain)):
+        if chosen:
+            return command(args)
     if args.model == Config.model and not Path(args.model).exists():  # an untrained demo is not worth measuring
         raise SystemExit(f"{args.model} does not exist: run `python tars.py` first, or give --model")
     if args.explain is not None:
         return explain(args)
     own = [f"--{flag}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")
            if (value := getattr(args, flag)) is not None]
-    cfg = parse_config(own)
+    cfg = tars.parse_config(own)
     if args.adapter is None:
         args.adapter = ["runs/tars"] if args.model == Config.model else []
     if args.ask:
@@ -707,10 +658,10 @@ def main(arguments=None):
     sets, paths = {}, {Path(path).resolve(): path for path in args.data or [cfg.eval_data]}  # each once
     names = [path.name for path in paths]
     for path, shown in paths.items():
-        questions = load_questions(shown)
+        questions = tars.load_questions(shown)
         questions = questions.select(range(min(args.limit or len(questions), len(questions))))
         sets[path.name if names.count(path.name) == 1 else shown] = questions  # two folders of one name are told apart
-    (transcribe if args.asr else drift if args.layers else compare)(args, cfg, sets)
+    (transcribe if args.asr else drift if args.layers else table_1)(args, cfg, sets)
 
 
 if __name__ == "__main__":

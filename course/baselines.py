@@ -68,7 +68,7 @@ def lora_weights(lm, weights=None):
 
 def offline_answers(method, lm, questions, prompts, extract, cfg, generator):
     """For each question the sampled answers of ANSWERS[method], ids [C] that end with the end-of-turn.
-    At most 100 samples are drawn for each; None for a question that then lacks one. prompts: B lists of M prompts [P, H].
+    At most 100 samples are drawn for each; None for a question that then lacks one. prompts: B lists of M [P, H].
     """
     found = [[None] * len(ANSWERS[method]) for _ in questions]
     for k, (modality, right) in enumerate(ANSWERS[method]):
@@ -91,7 +91,7 @@ def offline_loss(method, lm, prompts, answers, beta=0.1):
     """
     spoken = [[question[SPEECH]] for question in prompts]
     K, C = len(answers[0]), max(len(ids) for question in answers for ids in question)
-    ids, mask = (torch.zeros(len(answers), 1, K, C, dtype=torch.long, device=lm.device) for _ in range(2))  # [b, 1, K, C]
+    ids, mask = torch.zeros(2, len(answers), 1, K, C, dtype=torch.long, device=lm.device)  # [b, 1, K, C] each
     for b, question in enumerate(answers):
         for k, answer in enumerate(question):
             ids[b, 0, k, : len(answer)], mask[b, 0, k, : len(answer)] = answer, 1

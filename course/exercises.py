@@ -1,0 +1,55 @@
+"""The sheet of exercises: `python course/exercises.py DIR`.
+
+DIR becomes a copy of the project in which the bodies of the method are left out; signatures, docstrings with formulas
+and shapes, and comments on lines of their own stay. In DIR, `python -m pytest -q course` grades what is written there,
+and `python tars.py` trains it.
+"""
+
+import ast
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("tars.py", "eval.py", "data_prep.py", "test_tars.py", "requirements.txt", "README.md", "course/README.md",
+          "course/baselines.py", "course/test_exercises.py")
+HOLES = {  # functions whose bodies are left out, in the order of the course, and what is asked for
+    "base_reward": "Eq. (3)", "format_reward": "R_fmt of Eq. (3)", "modality_advantages": "Eq. (7)",
+    "token_weights": "the weights w of the loss", "grpo_loss": "the loss", "pool_hidden_states": "Eq. (4)",
+    "representation_reward": "Eq. (5)", "behavior_reward": "Eq. (6)", "pick_references": "y* of Eq. (5) and (6)",
+    "total_reward": "Eq. (2)", "modality_recovery_rate": "Eq. (1)", "LoRALinear.forward": "y = W x + (alpha / r) B A x",
+    "paired_rows": "who sees whom, and where", "train_step": "the eight stages", "sft_loss": "SFT's loss",
+    "offline_answers": "answers to learn from", "dpo_loss": "DPO's loss", "offline_loss": "the loss of one batch",
+}
+
+
+def with_holes(source):
+    """Python source without the bodies of HOLES. Signatures, docstrings and comments on lines of their own stay."""
+    lines, functions = source.splitlines(keepends=True), {}
+    for node in ast.parse(source).body:
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(function, ast.FunctionDef):
+                functions[function.name if function is node else f"{node.name}.{function.name}"] = function
+    for name in sorted(HOLES.keys() & functions.keys(), key=lambda name: -functions[name].lineno):
+        body = functions[name].body  # its docstring comes first
+        start, end = body[0].end_lineno, functions[name].end_lineno
+        comments = [line for line in lines[start:end] if line.lstrip().startswith("#")]
+        lines[start:end] = [*comments, f'{" " * body[0].col_offset}raise NotImplementedError("{HOLES[name]}")\n']
+    return "".join(lines)
+
+
+def main(folder):
+    """Write the sheet to a new folder."""
+    if Path(folder).exists():
+        raise SystemExit(f"{folder} exists: give a new folder")
+    for name in COPIED:
+        target = Path(folder) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+        if name in ("tars.py", "course/baselines.py"):
+            target.write_text(with_holes(target.read_text()))
+    print(f"{folder}: fill in tars.py and course/baselines.py; grade it there with: python -m pytest -q course")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
