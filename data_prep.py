@@ -58,7 +58,7 @@ def work_out(expression):
     """(a, sign, b, sign, c, ...) -> its steps, each (value so far, sign, number, new value)."""
     value, *rest = expression
     steps = []
-    for sign, number in zip(rest[::2], rest[1::2]):
+    for sign, number in zip(rest[::2], rest[1::2], strict=True):
         steps.append((value, sign, number, value + SIGNS[sign] * number))
         value = steps[-1][3]
     return steps
@@ -78,7 +78,7 @@ def sum_question(expression, letter, rng, key):
     values[letter] = result
     options = [DIGITS[v] for v in values]
     question = " ".join(x if x in SIGNS else DIGITS[x] for x in expression)
-    spoken = f"{question}. " + ", ".join(f"{name} {option}" for name, option in zip(LETTERS, options))
+    spoken = f"{question}. " + ", ".join(f"{name} {option}" for name, option in zip(LETTERS, options, strict=True))
     return {"key": key, "question": question, "options": options, "answer_index": letter, "prompt_for_tts": spoken}
 
 
@@ -312,7 +312,7 @@ def spoken_question(expression, letter, rng, key):
     words = [row["question"].split()[0]] + [f" {word}" for word, _ in ends[1:]]
     words = [f"Option {word.strip().upper()}:" if len(word) == 2 else word for word in words]
     row |= {"audio": {"bytes": wav_bytes(waveform), "path": None}, "seconds": len(waveform) / SAMPLE_RATE}
-    return row, [(word, end) for word, (_, end) in zip(words, ends)]
+    return row, [(word, end) for word, (_, end) in zip(words, ends, strict=True)]
 
 
 def nearness_loss(states, targets, table, pause):
@@ -329,10 +329,10 @@ def answer_loss(lm, spoken, answers):
     table = lm.model.get_input_embeddings().weight  # [V, H]
     before = table[lm.tokenizer(lm.family.before_user + lm.family.before_audio).input_ids]  # [tokens, H]
     after = table[lm.tokenizer(lm.family.after_audio + lm.family.after_user).input_ids]  # [tokens, H]
-    rows = [torch.cat([before, clip, after, table[answer]]) for clip, answer in zip(spoken, answers)]
+    rows = [torch.cat([before, clip, after, table[answer]]) for clip, answer in zip(spoken, answers, strict=True)]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padded on the right, which causal attention ignores
     hidden = lm.decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
-    predicts = [h[len(row) - len(a) - 1 : len(row) - 1] for h, row, a in zip(hidden, rows, answers)]
+    predicts = [h[len(row) - len(a) - 1 : len(row) - 1] for h, row, a in zip(hidden, rows, answers, strict=True)]
     return F.cross_entropy(lm.model.lm_head(torch.cat(predicts)), torch.cat(answers))
 
 
@@ -370,7 +370,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
         clips = lm.family.encode(lm.model, features)  # 16 of [tokens, H]
         states, counts = torch.cat(clips), [len(clip) for clip in clips]  # [n, H]
         targets = torch.full((len(states),), pause)
-        for start, i, count in zip(np.cumsum([0, *counts]), batch, counts):
+        for start, i, count in zip(np.cumsum([0, *counts]), batch, counts, strict=False):
             for word, end in words[i]:
                 targets[start + min(count - 1, int(25 * end))] = token(word)
         loss = nearness_loss(states, targets, table, pause)
@@ -417,7 +417,7 @@ def demo(args):
         asked = [(chosen[i % len(chosen)], i % 4) for i in range(clips)]  # as many right answers under each letter
         spoken = [spoken_question(expression, letter, rng, f"{part}-{i}")
                   for i, (expression, letter) in enumerate(tqdm(asked, desc=f"speaking {part} questions", unit="clip"))]
-        rows[part], words[part] = map(list, zip(*spoken))
+        rows[part], words[part] = map(list, zip(*spoken, strict=True))
         answers[part] = [worked_answer(in_steps(expression, args.worked_out, rng), letter)
                          for expression, letter in asked]
 
@@ -553,7 +553,7 @@ def parse_prompt(prompt):
         raise Lost("other than four options" if re.search("AB$|ABC$|ABCDE", letters) else "options not recognised")
     openings = openings[first:]
     ends = [opening.start() for opening in openings[1:]] + [len(body)]
-    options = [body[opening.end() : end] for opening, end in zip(openings, ends)]
+    options = [body[opening.end() : end] for opening, end in zip(openings, ends, strict=True)]
     if not told:
         options[3], *more = re.split(r"\n\s*\n", options[3].strip())
         if len(more) > 1 or "\n" in options[3]:

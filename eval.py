@@ -64,7 +64,7 @@ def table(head, rows):
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row):
-        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
 
     return "\n".join(map(line, [head, *rows]))
 
@@ -157,8 +157,8 @@ def cascade(lm, listener, questions, extract, cfg):
         letters, acc, _ = judge(batch, completions, extract)
         columns = ("key", "heard", "completion", "answer", "right", "tokens", "cut")
         numbers = (x.flatten().tolist() for x in (acc == 1, mask.sum(-1), cut))
-        for values in zip([q["key"] for q in batch], transcripts, completions, letters, *numbers):
-            yield {"modality": "speech", **dict(zip(columns, values))}
+        for values in zip([q["key"] for q in batch], transcripts, completions, letters, *numbers, strict=True):
+            yield {"modality": "speech", **dict(zip(columns, values, strict=True))}
 
 
 def table_1(args, cfg, sets):
@@ -225,7 +225,8 @@ def transcribe(args, cfg, sets):
                 with torch.no_grad():
                     prompts = [[torch.cat([before, turn, request, after])] for turn in lm.spoken_turns(batch)]
                 outputs = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
-                errors += [word_error_rate(q["prompt_for_tts"], transcript(text)) for q, text in zip(batch, outputs)]
+                errors += [word_error_rate(q["prompt_for_tts"], transcript(text))
+                           for q, text in zip(batch, outputs, strict=True)]
             mean, half = mean_and_interval(100 * np.array(errors))
             cells.append(f"{mean:.1f} +- {half:.1f}")
         rows.append([name, *cells])
@@ -317,7 +318,7 @@ def curves(args):
               ("length_text", "tokens of a written answer"), ("beh_speech", "R_beh (cosine)"))
     for folder in args.curves:
         log, _ = read_run(folder)
-        for axis, (key, label) in zip(axes.flat, panels):
+        for axis, (key, label) in zip(axes.flat, panels, strict=True):
             scale = 100 if key.startswith("acc") else 1
             drawn = axis.plot([], label=Path(folder).name)[0]  # the same colour in each panel, drawn or not
             axis.set(xlabel="step", ylabel=label)
@@ -328,7 +329,7 @@ def curves(args):
                 axis.plot(np.arange(window, len(values) + 1), smooth, color=drawn.get_color())
             key = "eval_" + key.removeprefix("acc_")
             dots = [(line["step"], scale * line[key]) for line in log if key in line]
-            axis.plot(*zip(*dots), "o", color=drawn.get_color()) if dots else None
+            axis.plot(*zip(*dots, strict=True), "o", color=drawn.get_color()) if dots else None
     axes.flat[0].legend()
     figure.suptitle("Lines: roll-outs at the training temperature, mean of 20 steps. Dots: greedy, evaluation set.")
     figure.savefig(args.plot or "curves.png", dpi=150)
@@ -396,8 +397,8 @@ def compare_runs(args):
         bands[name] = [accuracy_curve(*run, "speech") for run in runs.values()]  # [steps + 1] each
         written += [accuracy_curve(*run, "text") for run in runs.values()]
         scores[name] = {seed: (curve[-1], 100 * runs[seed][1]["text"], curve.mean())
-                        for seed, curve in zip(runs, bands[name])}
-        means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in zip(*scores[name].values())]
+                        for seed, curve in zip(runs, bands[name], strict=True)}
+        means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in zip(*scores[name].values(), strict=True)]
         rows.append([f"({number}) {name}", str(len(runs)), *means])
         both = sorted(scores[name].keys() & scores[plain].keys())
         for k in (0, 2):  # at the end; over all steps
@@ -459,9 +460,9 @@ def explain(args):
 
     answers = [f"{m}{s + 1}" for m in "ST" for s in range(half)]  # as the tensors are flattened
     terms = [x.flatten().tolist() for x in (acc, fmt, base, rep, beh, reward, advantage, other)]
-    rows = list(zip(answers, completions, letters, *terms))
+    rows = list(zip(answers, completions, letters, *terms, strict=True))
     of = [f"T{r + 1}" if r >= 0 else "none: 0" for r in references[0].tolist()]  # the reference of each spoken answer
-    print(f"{question['key']}: {question['question']}\n{'; '.join(map(': '.join, zip(LETTERS, question['options'])))}\n"
+    print(f"{question['key']}: {tars.written_question(question)}\n"
           f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
           "to the written one." + (f"\nThe adapter of {args.explain} is loaded." if trained else ""))
     show("The model answers G times, half from speech, half from text", "rollout",
@@ -470,7 +471,7 @@ def explain(args):
          [f"  {name}  answer {letter or '-'}:  {a:.0f} + {cfg.lam:g} * {f:.0f} = {b:.2f}"
           for name, _, letter, a, f, b, *_ in rows])
     show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
-         ["  " + "   ".join(f"{name} -> {reference}" for name, reference in zip(answers, of))])
+         ["  " + "   ".join(f"{name} -> {reference}" for name, reference in zip(answers, of, strict=True))])
     if cfg.alpha:
         near = F.cosine_similarity(states[:, SPEECH], y_star, dim=-1)[0]  # [G/2, L]
         used = weights.nonzero()[:, 0].tolist()

@@ -53,7 +53,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from io import BytesIO
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import datasets
@@ -321,7 +321,7 @@ def judge(questions, completions, extract):
     n = len(completions) // len(questions)
     asked = [question for question in questions for _ in range(n)]  # the question of each completion
     letters = extract(asked, completions)
-    acc = [letter == LETTERS[question["answer_index"]] for letter, question in zip(letters, asked)]
+    acc = [letter == LETTERS[question["answer_index"]] for letter, question in zip(letters, asked, strict=True)]
     fmt = [format_reward(completion) for completion in completions]
     return letters, torch.tensor(acc).float().view(-1, n), torch.tensor(fmt).view(-1, n)
 
@@ -340,7 +340,7 @@ def micro_batches(prompts, completion_mask, budget):
     """Questions in passes of at most `budget` tokens, a longer one alone; similar lengths share one.
     prompts: B lists of M prompts [P, H], completion_mask [B, M, G/2, C] -> lists of question indices.
     """
-    tokens = [sum(map(len, question)) + n for question, n in zip(prompts, completion_mask.sum((1, 2, 3)).tolist())]
+    tokens = [sum(map(len, prompts[q])) + n for q, n in enumerate(completion_mask.sum((1, 2, 3)).tolist())]
     batches = []
     for q in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
         if not batches or (len(batches[-1]) + 1) * tokens[batches[-1][0]] > budget:
@@ -359,7 +359,7 @@ SYSTEM_PROMPT = (
 
 def written_question(question):
     """The user turn of a written question. That of a spoken one is the clip alone."""
-    options = "\n".join(f"Option {letter}: {option}" for letter, option in zip(LETTERS, question["options"]))
+    options = "\n".join(f"Option {LETTERS[i]}: {option}" for i, option in enumerate(question["options"]))
     return f"{question['question']}\n\n{options}"
 
 
@@ -389,7 +389,7 @@ class SpeechLM:
     def embed_prompts(self, questions):
         """The prompts of B questions, spoken and written: B lists of M prompts [P, H] of any lengths."""
         return [[self.prompt(spoken), self.prompt(self.embed_text(written_question(question)))]
-                for question, spoken in zip(questions, self.spoken_turns(questions))]
+                for question, spoken in zip(questions, self.spoken_turns(questions), strict=True)]
 
     def prompt(self, user_turn):
         """User turn [tokens, H] -> [P, H], with the family's template around it."""
@@ -471,9 +471,9 @@ class SpeechLM:
         is_answer = predictor >= 0  # [b, T]
         # The state before a token predicts it.
         predicts = output.last_hidden_state[is_answer.nonzero()[:, 0], predictor[is_answer]]  # [n, H], n tokens
-        # Logits of 1,024 tokens at a time, and again in backward: never all together in memory.
+        # Logits of 1,024 tokens at a time, and again in backward: never all of them.
         logps = [recompute(self._token_logps, h, tokens, temperature, use_reentrant=False)
-                 for h, tokens in zip(predicts.split(1024), completion_ids[is_token].split(1024))]
+                 for h, tokens in zip(predicts.split(1024), completion_ids[is_token].split(1024), strict=True)]
         per_token_logps = predicts.new_zeros(is_token.shape, dtype=torch.float32)  # [b, M, G/2, C], 0 at padding
         per_token_logps[is_token] = torch.cat(logps)
 
@@ -490,7 +490,7 @@ class SpeechLM:
 
     def detokenize(self, completion_ids, completion_mask):
         """Completions [..., C] -> strings in row order, without the end of turn."""
-        rows = zip(completion_ids.flatten(0, -2).tolist(), completion_mask.flatten(0, -2).sum(-1).tolist())
+        rows = zip(completion_ids.flatten(0, -2).tolist(), completion_mask.flatten(0, -2).sum(-1).tolist(), strict=True)
         return self.tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 
@@ -645,7 +645,7 @@ def extract_answer(completion, options):
 
 def extract_answers(questions, completions):
     """The default extractor, regular expressions: letters, None where there is none."""
-    return [extract_answer(completion, question["options"]) for question, completion in zip(questions, completions)]
+    return [extract_answer(text, q["options"]) for q, text in zip(questions, completions, strict=True)]
 
 
 class XFinder:
@@ -664,8 +664,8 @@ class XFinder:
     def __call__(self, questions, completions):
         """Questions and as many completions -> letters, None where the model names no option."""
         prompts = [self.prompt.format(question=q["question"], output=completion,
-                                      options=json.dumps([list(pair) for pair in zip(LETTERS, q["options"])]))
-                   for q, completion in zip(questions, completions)]
+                                      options=json.dumps(list(zip(LETTERS, q["options"], strict=True))))
+                   for q, completion in zip(questions, completions, strict=True)]
         inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs.input_ids.shape[1] :]
         said = self.tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -677,7 +677,7 @@ def embed_ngrams(texts):
     vectors = []
     for text in texts:
         words = re.findall(r"\w+|[^\w\s]", text.lower())
-        grams = words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+        grams = words + [f"{a} {b}" for a, b in pairwise(words)]
         hashes = torch.tensor([zlib.crc32(gram.encode()) % 512 for gram in grams], dtype=torch.long)
         vectors.append(torch.bincount(hashes, minlength=512))
     return F.normalize(torch.stack(vectors).float(), dim=-1)
@@ -725,12 +725,12 @@ def answer_greedily(lm, questions, extract, cfg):
         letters, acc, _ = judge(batch, completions, extract)
         keys = [{"key": question["key"], "modality": m} for question in batch for m in MODALITIES]
         numbers = (x.flatten().tolist() for x in (acc == 1, mask.sum(-1), truncated))
-        for key, text, letter, right, tokens, cut in zip(keys, completions, letters, *numbers):
+        for key, text, letter, right, tokens, cut in zip(keys, completions, letters, *numbers, strict=True):
             yield key | {"completion": text, "answer": letter, "right": right, "tokens": tokens, "cut": cut}
 
 
 def evaluate(lm, questions, extract, cfg):
-    """Greedy answers: {"speech": accuracy 0 to 1, "text": likewise, "length_speech": mean tokens, "length_text"}."""
+    """Accuracy, 0 to 1, and mean length of greedy answers: {"speech", "text", "length_speech", "length_text"}."""
     order = np.argsort(questions["seconds"], kind="stable")  # similar lengths share a batch
     sums = dict.fromkeys(MODALITIES, 0) | {f"length_{m}": 0 for m in MODALITIES}
     for record in answer_greedily(lm, questions.select(order[RANK::RANKS]), extract, cfg):
@@ -775,8 +775,8 @@ def train(lm, questions, eval_questions, embedder, extract, optimizer, state, cf
     steps = cfg.steps or max(1, cfg.epochs * len(questions) // cfg.questions_per_step)
     order = islice(data_order(len(questions), cfg.questions_per_step, cfg.seed), state["step"], None)
     bar = tqdm(range(state["step"], steps), "TARS", steps, initial=state["step"], unit="step", disable=RANK > 0)
-    for done, indices in zip(bar, order):
-        step, start = done + 1, time.time()
+    for done in bar:
+        step, start, indices = done + 1, time.time(), next(order)
         # A seed for each step and process: a resumed run draws what it would have drawn.
         generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0]))
         optimizer.param_groups[0]["lr"] = lr = learning_rate(done, steps, cfg)
@@ -892,7 +892,7 @@ class Phi4Multimodal:
         audio, embeds = model.get_decoder().embed_tokens_extend.audio_embed, []
         for features in clips:
             n = int(features.audio_embed_sizes)
-            # Its own forward writes the embeddings over placeholder tokens: give it nothing else.
+            # Its forward writes the embeddings over placeholder tokens: give it those alone.
             ids = torch.full((1, n), model.config.audio_config.audio_token_id, device=model.device)
             blank = torch.zeros(1, n, model.config.hidden_size, device=model.device, dtype=model.dtype)
             embeds += audio(ids, blank, features.audio_input_features, features.audio_embed_sizes)
@@ -915,7 +915,7 @@ def family_of(path):
 def load_questions(path):
     """What data_prep.py wrote, audio left as encoded bytes: decoding would need FFmpeg."""
     questions = datasets.load_from_disk(path).cast_column("audio", datasets.Audio(decode=False))
-    for key, options, index in zip(questions["key"], questions["options"], questions["answer_index"]):
+    for key, options, index in zip(questions["key"], questions["options"], questions["answer_index"], strict=True):
         if len(options) != 4 or index not in range(4):
             raise SystemExit(f"{path}: {key} has {len(options)} options, not 4, or answer_index {index}")
     return questions
@@ -962,21 +962,21 @@ def show_group(step, group):
     spoken = group["speech"][0]
     shown = [spoken] if spoken["reference"] < 0 else [spoken, group["text"][spoken["reference"]]]
     lines = [f"step {step}, {group['key']}: {group['question']} ({LETTERS[group['answer_index']]})"]
-    for modality, answer in zip(MODALITIES, shown):
+    for modality, answer in zip(MODALITIES, shown, strict=False):
         rewards = [f"{term} {answer[term]:.2f}" for term in ("acc", "fmt", "rep", "beh", "reward", "advantage")]
         lines += [f"  {modality:<8}{' '.join(answer['completion'].split())[:400]}", " " * 10 + "  ".join(rewards)]
     return "\n".join(lines)
 
 
 def append_line(path, values):
-    """Append one JSON line; of several processes only the first writes files."""
+    """Append one JSON line; only the first process writes files."""
     if RANK == 0:
         with open(path, "a") as file:
             print(json.dumps(values), file=file)
 
 
 def write_aside(path, content):
-    """Write bytes, or a dict as JSON, under another name and rename it: `path` is never half-written."""
+    """Write bytes, or a dict as JSON, aside, then rename: `path` is never half-written."""
     if RANK == 0:
         content = content if isinstance(content, bytes) else json.dumps(content, indent=2).encode()
         Path(f"{path}.part").write_bytes(content)
@@ -992,7 +992,7 @@ def save_adapter(lm, cfg):
     write_aside(Path(cfg.out) / "adapter_config.json", {
         "peft_type": "LORA", "base_model_name_or_path": cfg.model, "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha,
         "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": list(layers),  # full names: the audio encoder has layers called q_proj too
+        "target_modules": list(layers),  # full names: the audio encoder has q_proj too
     })
 
 
@@ -1004,7 +1004,7 @@ def save_checkpoint(optimizer, state, cfg):
     write_aside(Path(cfg.out) / "checkpoint.pt", buffer.getvalue())
 
 
-# May differ in a resumed run: no step depends on them beyond rounding. Data is known by its fingerprint.
+# May differ in a resumed run: no step depends on them beyond rounding; data has a fingerprint.
 FREE = {"out", "resume", "data", "eval_data", "save_every", "eval_every", "sample_every", "aux_device",
         "base_text_accuracy", "tokens_per_micro_batch", "eval_batch", "gradient_checkpointing"}
 
@@ -1020,7 +1020,7 @@ def open_run(cfg, content):
     if other := sorted(name for name in run if name not in FREE and run[name] != state["run"].get(name)):
         raise SystemExit(f"--resume: {path} was made with other settings or data: {', '.join(other)}")
     for log in Path(cfg.out).glob("*.jsonl") if RANK == 0 else ():
-        os.truncate(log, state["sizes"].get(log.name, 0))  # what came later is done again
+        os.truncate(log, state["sizes"].get(log.name, 0))  # what follows is done again
     return state | {"run": run}
 
 
@@ -1035,7 +1035,7 @@ def sum_over_ranks(x):
 def mean_over_ranks(metrics):
     """Numbers of this process -> their means over all."""
     means = sum_over_ranks(torch.tensor(list(metrics.values()), dtype=torch.float64, device=DEVICE)) / RANKS
-    return dict(zip(metrics, means.tolist()))
+    return dict(zip(metrics, means.tolist(), strict=True))
 
 
 # ==== 12. The command ====
@@ -1044,7 +1044,7 @@ def parse_config(arguments=None):
     parser = transformers.HfArgumentParser(Config)
     model = Path(parser.parse_args(arguments).model)
     if str(model) == Config.model and not model.exists():
-        print(f"{model.parent} does not exist: building the offline demo (once, about 2 minutes)")
+        print(f"{model.parent} does not exist: building the offline demo (once, some minutes)")
         build = [Path(__file__).with_name("data_prep.py"), "demo", "--out", model.parent]
         subprocess.run([sys.executable, *build], check=True)
     if (model / "tars_config.json").exists():
@@ -1054,9 +1054,9 @@ def parse_config(arguments=None):
 
 
 def main(arguments=None):
-    """Evaluate, train, evaluate again, and print what became of the gap."""
+    """Evaluate, train, evaluate again, and print the gap."""
     cfg = parse_config(arguments)
-    if RANKS > 1:  # under torchrun: each on its own GPU, and only the first one prints
+    if RANKS > 1:  # under torchrun: a GPU each, and only the first prints
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(days=1))  # ranks wait for each other
@@ -1074,7 +1074,7 @@ def main(arguments=None):
         for p, saved in zip(optimizer.param_groups[0]["params"], state.pop("trained"), strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state.pop("optimizer"))
-    sum_over_ranks(torch.zeros(1, device=DEVICE))  # a barrier: all have looked at --out
+    sum_over_ranks(torch.zeros(1, device=DEVICE))  # a barrier: all looked at --out
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     save_checkpoint(optimizer, state, cfg)
     write_aside(f"{cfg.out}/config.json", asdict(cfg))
@@ -1089,7 +1089,7 @@ def main(arguments=None):
         **{f"base_{name}": value for name, value in before.items()}, **after, "mrr_before": mrr[0],
         "mrr_after": mrr[1], "n": n, "content": list(content.values())})
     print(f"\n{n} held-out questions".ljust(28) + f"{'speech %':>10}{'text %':>10}{'MRR %':>10}")
-    for name, accuracy, rate in zip(("before", "after"), (before, after), mrr):
+    for name, accuracy, rate in zip(("before", "after"), (before, after), mrr, strict=True):
         print(f"{name:<27}{100 * accuracy['speech']:>10.1f}{100 * accuracy['text']:>10.1f}{rate:>10.1f}")
     print(f"adapter, log and samples are in {cfg.out}/")
     if RANKS > 1:

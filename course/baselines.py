@@ -59,10 +59,10 @@ def lora_weights(lm, weights=None):
     """For a while LoRA has other weights, a list of tensors; with None they are 0, which is the base model."""
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     own = [p.data for p in trained]
-    for p, other in zip(trained, weights or map(torch.zeros_like, own)):
+    for p, other in zip(trained, weights or map(torch.zeros_like, own), strict=True):
         p.data = other
     yield
-    for p, data in zip(trained, own):
+    for p, data in zip(trained, own, strict=True):
         p.data = data
 
 
@@ -117,10 +117,10 @@ def offline_step(sampler, calls, lm, questions, embedder, extract, optimizer, cf
     with lora_weights(lm, sampler):
         answers = offline_answers(cfg.method, lm, questions, prompts, extract, cfg, generator)
     # 2. The loss of the questions that have their answers, and the update.
-    kept = [pair for pair in zip(prompts, answers) if pair[1]]
+    kept = [pair for pair in zip(prompts, answers, strict=True) if pair[1]]
     metrics = {"left_out": 1 - len(kept) / len(questions), "loss": 0.0, "grad_norm": 0.0, "skipped": not kept}
     if kept:
-        loss = offline_loss(cfg.method, lm, *zip(*kept))
+        loss = offline_loss(cfg.method, lm, *zip(*kept, strict=True))
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         metrics |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": not (loss + grad_norm).isfinite()}

@@ -7,15 +7,27 @@ import functools
 import inspect
 import math
 
+import baselines  # finds the project's folder
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-import baselines  # finds the project's folder
 import tars
 from tars import TEXT, Config, LoRALinear, Qwen25Omni, SpeechLM
-from test_tars import Recorder, cos, four_answers, loss_by_loop, perturb, plain_logps, questions, random_  # noqa: F401
-from test_tars import straightforward_step, tiny_qwen, uncut
+from test_tars import (  # noqa: F401
+    Recorder,
+    cos,
+    four_answers,
+    loss_by_loop,
+    perturb,
+    plain_logps,
+    questions,
+    random_,
+    straightforward_step,
+    tiny_qwen,
+    uncut,
+)
 
 
 def exercise(grader):
@@ -50,7 +62,7 @@ def compare(given, wanted, what, mistakes=None):
     for sentence, value in (mistakes or {}).items():
         teach(not same(given, value() if callable(value) else value), sentence)
     given, wanted = (torch.as_tensor(x).detach().double() for x in (given, wanted))
-    teach(given.shape == wanted.shape, f"{what}: the shape should be {list(wanted.shape)}, yours is {list(given.shape)}")
+    teach(given.shape == wanted.shape, f"{what}: should be of shape {list(wanted.shape)}, yours {list(given.shape)}")
     place = torch.isclose(given, wanted, atol=1e-5, rtol=1e-4).logical_not().nonzero()[0].tolist()
     should, yours = (round(x[tuple(place)].item(), 4) for x in (wanted, given))
     teach(False, f"{what}{f' at {place}' if place else ''}: should be {should}, yours {yours}")
@@ -137,7 +149,7 @@ def test_exercise_04_pool_hidden_states():
         "all tokens of the mask count, the end-of-turn too: yours leaves out the last": [[2.0, 12.0]]})
     hidden, lengths = random_(3, 5, 4), torch.tensor([5, 1, 0])
     mask = (torch.arange(5) < lengths[:, None]).long()  # [3, 5]
-    means = torch.stack([sum(x[:n]) / n if n else 0 * x[0] for x, n in zip(hidden, lengths)])
+    means = torch.stack([sum(x[:n]) / n if n else 0 * x[0] for x, n in zip(hidden, lengths, strict=True)])
     compare(tars.pool_hidden_states(hidden, mask), means, "Eq. (4) of three answers, one without tokens: 0, not NaN;", {
         "each answer is divided by its own length: yours by that of the longest": means * lengths[:, None] / 5})
 
@@ -146,9 +158,9 @@ def test_exercise_04_pool_hidden_states():
 def test_exercise_05_representation_reward():
     speech, text = random_(2, 3, 4, 6), random_(2, 3, 4, 6, seed=1)  # [B, G/2, L, H]
     text = text * torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    cosines = torch.tensor([[[cos(*layers) for layers in zip(*pair)] for pair in zip(*both)]
-                            for both in zip(speech, text)])  # [B, G/2, L]
-    joined = torch.tensor([[cos(*pair) for pair in zip(*both)] for both in zip(speech.flatten(2), text.flatten(2))])
+    cosines = torch.tensor([[[cos(*layers) for layers in zip(*pair, strict=True)] for pair in zip(*both, strict=True)]
+                            for both in zip(speech, text, strict=True)])  # [B, G/2, L]
+    joined = torch.stack([F.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(speech, text, strict=True)])
     compare(tars.representation_reward(speech, text), cosines.mean(-1), "Eq. (5)", {
         "Eq. (5) is a mean over the layers: you return their sum": cosines.sum(-1),
         "take the cosine of each layer and then the mean; you join all layers' states": joined,
@@ -163,8 +175,8 @@ def test_exercise_05_representation_reward():
 @exercise
 def test_exercise_06_behavior_reward_and_pick_references():
     speech, text = random_(2, 3, 6), random_(2, 3, 6, seed=1)  # [B, G/2, D]
-    others = torch.tensor([[cos(a, b) for a, b in zip(*both)] for both in zip(speech, text.roll(1, 0))])
-    wanted = torch.tensor([[cos(a, b) for a, b in zip(*both)] for both in zip(speech, text)])
+    wanted, others = (torch.tensor([[cos(speech[b, s], x[b, s]) for s in range(3)] for b in range(2)])
+                      for x in (text, text.roll(1, 0)))
     compare(tars.behavior_reward(speech, text), wanted, "Eq. (6)", {
         "a cosine divides by both lengths: yours is the dot product": (speech * text).sum(-1),
         "the reward is high where answers mean the same: yours is a distance": 1 - wanted,
@@ -331,7 +343,7 @@ def test_exercise_11_sft(questions, monkeypatch):  # noqa: F811
         "the loss is one mean over all tokens, yours a mean of the answers' means": 3.75})
     lm, pairs = baseline_case()
     given = baselines.offline_loss("sft", lm, lm.embed_prompts(questions[:2]), [pair[:1] for pair in pairs])
-    spoken, written = (-torch.cat([plain_logps(lm, q, m, pair[0].tolist()) for q, pair in zip(questions, pairs)]).mean()
+    spoken, written = (-torch.cat([plain_logps(lm, questions[b], m, pairs[b][0].tolist()) for b in (0, 1)]).mean()
                        for m in (True, False))
     compare(given, spoken, "offline_loss of SFT", {
         "answers are learnt under the spoken prompt; yours under the written one": written})
@@ -341,7 +353,7 @@ def test_exercise_11_sft(questions, monkeypatch):  # noqa: F811
     monkeypatch.setattr(lm, "rollout", lambda prompts, *args: rollout)
     found = baselines.offline_answers("sft", lm, questions[:2], lm.embed_prompts(questions[:2]), tars.extract_answers,
                                       Config(), None)
-    teach(None not in found and all(torch.equal(answers[0], pair[0]) for answers, pair in zip(found, pairs)),
+    teach(None not in found and all(torch.equal(found[b][0], pairs[b][0]) for b in (0, 1)),
           "offline_answers: the first correct written answer, without padding, with its end-of-turn")
 
 
@@ -359,9 +371,9 @@ def test_exercise_12_dpo(questions):  # noqa: F811
         return whole(plain_logps(lm, q, True, pair[0].tolist())) - whole(plain_logps(lm, q, True, pair[1].tolist()))
 
     def wanted(whole=torch.sum):
-        margins = [margin(whole, q, pair) for q, pair in zip(questions, pairs)]
+        margins = [margin(whole, q, pair) for q, pair in zip(questions, pairs, strict=False)]
         with baselines.lora_weights(lm):
-            margins = [m - margin(whole, q, pair) for m, q, pair in zip(margins, questions, pairs)]
+            margins = [m - margin(whole, q, pair) for m, q, pair in zip(margins, questions, pairs, strict=False)]
         return sum(math.log(1 + math.exp(-0.3 * m)) for m in margins) / 2
 
     compare(given, wanted(), "offline_loss of DPO", {

@@ -5,13 +5,13 @@ import math
 import re
 from types import SimpleNamespace
 
+import baselines
 import pytest
+import test_exercises
 import torch
 import torch.nn.functional as F
 
-import baselines
 import tars
-import test_exercises
 from test_tars import questions  # noqa: F401
 
 right = SimpleNamespace(**vars(tars) | vars(baselines), lora=tars.LoRALinear.forward)
