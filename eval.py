@@ -471,7 +471,7 @@ def explain(args):
          [f"  {name}  answer {letter or '-'}:  {a:.0f} + {cfg.lam:g} * {f:.0f} = {b:.2f}"
           for name, _, letter, a, f, b, *_ in rows])
     show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
-         ["  " + "   ".join(f"{name} -> {reference}" for name, reference in zip(answers, of, strict=True))])
+         ["  " + "   ".join(f"{name} -> {reference}" for name, reference in zip(answers[:half], of, strict=True))])
     if cfg.alpha:
         near = F.cosine_similarity(states[:, SPEECH], y_star, dim=-1)[0]  # [G/2, L]
         used = weights.nonzero()[:, 0].tolist()
