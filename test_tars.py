@@ -46,17 +46,8 @@ import data_prep
 import eval as evaluation
 import tars
 from data_prep import decode_clip
-from tars import (
-    Config,
-    LoRALinear,
-    Phi4Multimodal,
-    Qwen25Omni,
-    SpeechLM,
-    attach_lora,
-    extract_answer,
-    load_questions,
-    pick_references,
-)
+from tars import (Config, LoRALinear, Phi4Multimodal, Qwen25Omni, SpeechLM, attach_lora, extract_answer, load_questions,
+                  pick_references)
 
 HERE = Path(__file__).parent
 slow = pytest.mark.skipif("TARS_SLOW" not in os.environ, reason="takes minutes: TARS_SLOW=1 python -m pytest runs it")
@@ -87,15 +78,15 @@ def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
     cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"])
     assert (cfg.lr, cfg.steps, cfg.group_size, cfg.joint_norm, cfg.gradient_checkpointing) == (0.25, 7, 8, True, False)
     assert cfg.data == str(tmp_path.parent / "train")
-    assert tars.parse_config(["--model", str(tmp_path), "--questions_per_step",
-                              "4"]).questions_per_step == 4  # dashes or not
+    # dashes or not
+    assert tars.parse_config(["--model", str(tmp_path), "--questions_per_step", "4"]).questions_per_step == 4
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"group_size": 5}, "group_size 5"), ({"group_size": 2}, "group_size 2"), ({"lr": -1e-5}, "lr -1e-05"),
-                                            ({"alpha": math.nan}, "alpha nan"),
-    ({"beta": math.inf}, "beta inf"), ({"steps": -1}, "steps -1"), ({"questions_per_step": 7}, "questions_per_step 7"),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings, says",
+    [({"group_size": 5}, "group_size 5"), ({"group_size": 2}, "group_size 2"), ({"lr": -1e-5}, "lr -1e-05"),
+     ({"alpha": math.nan}, "alpha nan"), ({"beta": math.inf}, "beta inf"), ({"steps": -1}, "steps -1"),
+     ({"questions_per_step": 7}, "questions_per_step 7")], ids=str)
 def test_numbers_that_would_train_on_silently_are_refused(settings, says, monkeypatch):
     monkeypatch.setattr(tars, "RANKS", 2)  # of processes
     with pytest.raises(SystemExit, match=says):
@@ -159,12 +150,11 @@ def test_eq5_representation_reward_by_hand_and_by_loop():
     # Layer 1: (1, 0) with (3, 4): 3/5 = 0.6. Layer 2: (0, 2) with (0, 1): 1. Mean 0.8; lengths do not matter.
     speech, text = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     assert tars.representation_reward(speech, text).item() == pytest.approx(0.8)
-    assert tars.representation_reward(speech, text,
-                                      torch.tensor([0.75, 0.25])).item() == pytest.approx(0.75 * 0.6 + 0.25)
+    assert tars.representation_reward(speech, text, torch.tensor([0.75, 0.25])).item() == pytest.approx(
+        0.75 * 0.6 + 0.25)
     speech, text = random_(2, 3, 5, 7), random_(2, 3, 5, 7, seed=1)  # [B, G/2, L, H]
-    reward, middle = tars.representation_reward(speech,
-                                                text), tars.representation_reward(
-                                                    speech, text, tars.layer_weights("2-4", 5).double())
+    reward, middle = tars.representation_reward(speech, text), tars.representation_reward(
+        speech, text, tars.layer_weights("2-4", 5).double())
     for b in range(2):
         for s in range(3):
             cosines = [cos(speech[b, s, layer], text[b, s, layer]) for layer in range(5)]
@@ -205,8 +195,8 @@ def test_reference_features_are_the_drawn_written_answers_and_zero_without_one()
     reward = tars.behavior_reward(speech, chosen)
     for s in range(3):
         assert torch.equal(chosen[0, s], text[0, references[0, s]])
-        assert reward[0, s].item() == pytest.approx(cos(speech[0, s],
-                                                        text[0, references[0, s]])) and reward[1, s].item() == 0.0
+        assert reward[0, s].item() == pytest.approx(cos(speech[0, s], text[0, references[0, s]]))
+        assert reward[1, s].item() == 0.0
     speech, text = random_(2, 3, 4, 5), random_(2, 3, 4, 5, seed=1)  # [B, G/2, L, H]
     reward = tars.representation_reward(speech, tars.reference_features(text, references))
     assert reward[0, 1].item() == pytest.approx(sum(cos(speech[0, 1, layer], text[0, 0, layer])
@@ -287,8 +277,8 @@ def test_loss_is_zero_on_policy_but_its_gradient_is_not():
 
 
 def test_loss_of_parts_adds_up_and_nothing_to_learn_is_zero():
-    logps, old, advantages, mask = random_(4, 3), random_(4, 3, seed=1), random_(
-        4, seed=2), torch.tensor([[1, 1, 0]] * 4).double()
+    logps, old, advantages, mask = random_(4, 3), random_(4, 3, seed=1), random_(4, seed=2), torch.tensor(
+        [[1, 1, 0]] * 4).double()
     weights = tars.token_weights(mask, uncut(mask))
     parts = [tars.grpo_loss(*(t[i : i + 2] for t in (logps, old, advantages, weights))) for i in (0, 2)]
     assert sum(parts).item() == pytest.approx(tars.grpo_loss(logps, old, advantages, weights).item())
@@ -305,28 +295,26 @@ def tiny_qwen():
     config = data_prep.demo_model(tokenizer).config
     config.text_config.num_key_value_heads = 2
     torch.manual_seed(0)
-    return tars.Qwen25Omni.model_class(config), tokenizer, transformers.WhisperFeatureExtractor(feature_size=128,
-                                                                                                chunk_length=300)
+    return tars.Qwen25Omni.model_class(config), tokenizer, transformers.WhisperFeatureExtractor(
+        feature_size=128, chunk_length=300)
 
 
 def tiny_phi():
     """A Phi-4-multimodal of the same size over the demo's words."""
     tokenizer = data_prep.demo_tokenizer(data_prep.demo_texts(np.random.default_rng(0)))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>",
-                                                                "<|audio|>", "<|image|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [
+                                      "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|audio|>", "<|image|>"]})
     end, turn, audio, image = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>", "<|audio|>", "<|image|>"])
     config = transformers.Phi4MultimodalConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
-                                               num_key_value_heads=2,
-        max_position_embeddings=4096, initializer_range=0.12, pad_token_id=end, bos_token_id=end,
-                                               eos_token_id=[end, turn],
+        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.12, pad_token_id=end, bos_token_id=end,
+        eos_token_id=[end, turn],
         vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                           image_size=28, crop_size=28,
-                           patch_size=14, image_token_id=image),
-        audio_config=dict(hidden_size=64, intermediate_size=64, num_blocks=2, num_attention_heads=4,
-                          ext_pw_out_channel=64,
-                          depthwise_separable_out_channel=64, nemo_conv_channels=32, input_size=80,
-                          audio_token_id=audio, initializer_range=0.1))
+                           image_size=28, crop_size=28, patch_size=14, image_token_id=image),
+        audio_config=dict(
+            hidden_size=64, intermediate_size=64, num_blocks=2, num_attention_heads=4, ext_pw_out_channel=64,
+            depthwise_separable_out_channel=64, nemo_conv_channels=32, input_size=80, audio_token_id=audio,
+            initializer_range=0.1))
     return transformers.Phi4MultimodalForCausalLM(config), tokenizer, transformers.Phi4MultimodalFeatureExtractor()
 
 
@@ -336,10 +324,10 @@ def save_speech_lora(model, path):
     tensors = {}
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.startswith("model.layers."):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = 0.1 * torch.randn(4, layer.in_features,
-                                                                                  generator=generator)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn(layer.out_features, 4,
-                                                                                  generator=generator)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = 0.1 * torch.randn(
+                4, layer.in_features, generator=generator)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn(
+                layer.out_features, 4, generator=generator)
     (path / "speech-lora").mkdir()
     save_file(tensors, path / "speech-lora" / "adapter_model.safetensors")
     (path / "speech-lora" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
@@ -375,8 +363,8 @@ def four_answers(lm):
     """Completions [4, 2, 2, C] with their mask. Of speech the first is right, of text the second."""
     texts = []
     for n, i in enumerate((3, 500, 777, 1200)):
-        right, wrong = (data_prep.worked_answer(data_prep.in_steps(SUMS[j]), k % 4) for j,
-                        k in ((i, n), ((i + 9) % 1210, n + 1)))
+        right, wrong = (data_prep.worked_answer(data_prep.in_steps(SUMS[j]), k % 4)
+                        for j, k in ((i, n), ((i + 9) % 1210, n + 1)))
         texts += [right, wrong[7:], wrong, right]
     rows = [lm.tokenizer(text + lm.family.end_of_turn[0]).input_ids for text in texts]
     width = max(map(len, rows))
@@ -523,11 +511,10 @@ def straightforward_step(lm, questions, answers, truncated, references, cfg, par
     return torch.autograd.grad(loss, parameters), terms
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"tokens_per_micro_batch": 1}, {"joint_norm": True, "alpha": 0.5}, {"layers": "2-3", "beta": 0.0, "lam": 0.2},
-                                      {"alpha": 0.0, "beta": 0.0},
-    {"temperature": 0.7, "eps_low": 0.1, "eps_high": 0.3},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"tokens_per_micro_batch": 1}, {"joint_norm": True, "alpha": 0.5}, {"layers": "2-3", "beta": 0.0, "lam": 0.2},
+     {"alpha": 0.0, "beta": 0.0}, {"temperature": 0.7, "eps_low": 0.1, "eps_high": 0.3}], ids=str)
 def test_step_gradient_equals_the_straightforward_version(lm, questions, answers, monkeypatch, settings):
     perturb(lm)
     for tensor in answers:  # in questions 1 and 3 the first written answer is the right one
@@ -536,16 +523,16 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
     truncated[1, 0, 1] = truncated[2, 1, 0] = True
     before = [p.detach().clone() for p in parameters]
-    metrics, group, references, (gradient,) = one_step(lm, questions, answers, truncated, monkeypatch, parameters,
-                                                       **settings)
+    metrics, group, references, (gradient,) = one_step(
+        lm, questions, answers, truncated, monkeypatch, parameters, **settings)
     after = [p.detach().clone() for p in parameters]
     for p, b, g, a in zip(parameters, before, gradient, after, strict=True):
         torch.testing.assert_close(a, b - g)
         p.data.copy_(b)
     expected, terms = straightforward_step(lm, questions, answers, truncated, references, Config(**settings),
                                            parameters)
-    for name, weight in (("rep", Config(**settings).alpha),
-                         ("beh", Config(**settings).beta)):  # of two values: |a - b| / sqrt(2)
+    # of two values: |a - b| / sqrt(2)
+    for name, weight in (("rep", Config(**settings).alpha), ("beh", Config(**settings).beta)):
         spread = (terms[name][:, 0, 0] - terms[name][:, 0, 1]).abs().mean().item() / math.sqrt(2)
         assert metrics[f"spread_{name}"] == pytest.approx(spread if weight else 0, abs=1e-4)
     for ours, theirs in zip(gradient, expected, strict=True):
@@ -563,8 +550,8 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
 def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, questions, answers, monkeypatch):
     gradients, losses = [], []
     ids, mask = answers[0], answers[1].clone()
-    mask[3] *= torch.arange(mask.shape[-1]) < mask[3].sum(-1).max(
-        ) - 4  # one question with shorter answers than the others
+    # one question with shorter answers than the others
+    mask[3] *= torch.arange(mask.shape[-1]) < mask[3].sum(-1).max() - 4
     truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
     truncated[0, 0, 0] = True
     for budget, checkpointing in ((1, False), (1000, True), (10**6, True)):
@@ -588,7 +575,7 @@ def test_step_clips_the_gradient_and_starts_each_update_from_zero(lm, questions,
     parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
     (metrics, _, _, (first,)), (_, _, _, (second,)) = (
         one_step(lm, questions, answers, uncut(answers[1]), monkeypatch, parameters, lr=0.0, max_grad_norm=1e-3)
-                                                       for _ in range(2))
+        for _ in range(2))
     for a, b in zip(first, second, strict=True):  # nothing has changed between the two, so neither has the gradient
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-4)
     norm = torch.cat([g.flatten() for g in first]).norm().item()
@@ -604,13 +591,13 @@ def test_step_takes_no_cut_answer_as_a_reference(lm, questions, answers, monkeyp
 
 
 def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, questions, answers, monkeypatch):
-    ids, mask = (x[..., [0], :].expand(-1, -1, 2, -1)
-                 for x in answers)  # all text answers wrong, all speech answers right
+    # all text answers wrong, all speech answers right
+    ids, mask = (x[..., [0], :].expand(-1, -1, 2, -1) for x in answers)
     parameters = attach_lora(lm, 8, 32)
     metrics, group, references, _ = one_step(lm, questions, (ids, mask), torch.zeros(4, 2, 2, dtype=torch.bool),
                                              monkeypatch, parameters)
-    assert (references == -1).all() and metrics["no_reference"] == 1 and metrics[
-        "rep_speech"] == metrics["beh_speech"] == 0
+    assert (references == -1).all() and metrics["no_reference"] == 1
+    assert metrics["rep_speech"] == metrics["beh_speech"] == 0
     assert metrics["reward_speech"] == 1.5 and metrics["no_spread_speech"] == metrics["no_spread_text"] == 1
     assert metrics["grad_norm"] == 0  # nothing differs within a modality, so nothing is learnt, and no NaN
 
@@ -623,8 +610,7 @@ def test_step_all_wrong_speech_still_learns_from_dense_rewards(lm, questions, an
     parameters = attach_lora(lm, 8, 32)
     for weight, learns in ((1.0, True), (0.0, False)):
         metrics, *_ = one_step(lm, questions, (ids, mask), torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch,
-                               parameters,
-                               lr=0.0, alpha=weight, beta=weight, lam=0.0)
+                               parameters, lr=0.0, alpha=weight, beta=weight, lam=0.0)
         assert metrics["acc_speech"] == 0 and (metrics["no_spread_speech"] == 0) == learns
 
 
@@ -678,10 +664,9 @@ def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, quest
     for b in range(len(questions)):
         for m in range(2):
             prompt = prompts[b][m][None]  # [1, P, H]
-            expected = lm.model.generate(inputs_embeds=prompt, attention_mask=torch.ones(1, prompt.shape[1]),
-                                         do_sample=False, max_new_tokens=12, eos_token_id=lm.eos_ids.tolist(),
-                                         pad_token_id=0,
-                                         suppress_tokens=banned)[0].tolist()
+            expected = lm.model.generate(
+                inputs_embeds=prompt, attention_mask=torch.ones(1, prompt.shape[1]), do_sample=False, max_new_tokens=12,
+                eos_token_id=lm.eos_ids.tolist(), pad_token_id=0, suppress_tokens=banned)[0].tolist()
             for s in range(3):
                 n = int(mask[b, m, s].sum())
                 assert ids[b, m, s, :n].tolist() == expected[:n] and n >= len(expected)
@@ -741,10 +726,10 @@ def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
         assert truncated.all() and mask.all()
         for token, weight in zip((one, two, three), weights, strict=True):
             share = weight / sum(weights)  # 4000 draws: 5 standard errors
-            assert (ids == token).double().mean().item() == pytest.approx(share,
-                                                                          abs=5 * math.sqrt(share * (1 - share) / 4000))
-        logps, _ = lm.score(prompts, ids[:, :, :300], mask[:, :, :300],
-                            temperature)  # 1200 tokens: two chunks of logits
+            assert (ids == token).double().mean().item() == pytest.approx(
+                share, abs=5 * math.sqrt(share * (1 - share) / 4000))
+        # 1200 tokens: two chunks of logits
+        logps, _ = lm.score(prompts, ids[:, :, :300], mask[:, :, :300], temperature)
         expected = torch.log(torch.tensor(weights) / sum(weights))[
             torch.stack([ids == t for t in (one, two, three)]).int().argmax(0)]  # [1, 2, 1000, 2]
         torch.testing.assert_close(logps, expected[:, :, :300], atol=1e-5, rtol=0)
@@ -842,8 +827,8 @@ def test_paired_rows_by_hand():
         [0, 0, 0, 0, 0, 1, 1, 0, 0],
         [0, 0, 0, 0, 0, 1, 0, 1, 0],
         [0, 0, 0, 0, 0, 0, 0, 0, 1]]
-    assert sees[1, 0, 4].int().tolist() == [1, 0, 0, 1, 1, 0, 0, 0,
-                                            0] and sees[1, 0, 8].int().tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1]
+    assert sees[1, 0, 4].int().tolist() == [1, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert sees[1, 0, 8].int().tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1]
 
 
 # ==== 5. LoRA =========================================================================================================
@@ -884,8 +869,8 @@ def test_learning_rate_by_hand():
     cfg = Config(lr=1.0, warmup=0.2)
     # Ten steps, two of warm-up: 1/2, 1, then down in equal steps of 1/9 from the eighth ninth.
     assert tars.learning_rate(0, 1, cfg) == tars.learning_rate(0, 2, cfg) == 1  # the shortest runs
-    assert [tars.learning_rate(s, 10, cfg)
-            for s in range(10)] == pytest.approx([1 / 2, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
+    assert [tars.learning_rate(s, 10, cfg) for s in range(10)] == pytest.approx(
+        [1 / 2, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -899,8 +884,8 @@ def test_gradient_checkpointing_runs_each_layer_again(lm, questions, answers, ch
 
 def test_records_of_an_evaluation_are_the_greedy_answers_in_order(lm, questions):
     records = list(tars.answer_greedily(lm, questions, tars.extract_answers, Config(max_new_tokens=6, eval_batch=3)))
-    assert [(r["key"], r["modality"]) for r in records] == [(q["key"], m) for q in questions
-                                                            for m in ("speech", "text")]
+    assert [(r["key"], r["modality"]) for r in records] == [
+        (q["key"], m) for q in questions for m in ("speech", "text")]
     for b, question in enumerate(questions):
         ids, mask, _ = lm.rollout(lm.embed_prompts([question]), 1, 6, temperature=0)  # [1, 2, 1, C]
         assert [r["completion"] for r in records[2 * b : 2 * b + 2]] == lm.detokenize(ids, mask)
@@ -937,8 +922,7 @@ def small_demo(tmp_path_factory):
 def small_run(small_demo, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--tokens-per-micro-batch", 900,
-             "--eval-every", 2, "--lr", 0.003,
-             "--sample-every", 2, "--gradient-checkpointing")
+             "--eval-every", 2, "--lr", 0.003, "--sample-every", 2, "--gradient-checkpointing")
     printed = run(HERE / "tars.py", *flags, "--out", out / "a")
     run(HERE / "tars.py", *flags, "--out", out / "b")
     return out, printed
@@ -950,11 +934,11 @@ def test_end_to_end_writes_what_it_promises(small_run):
     assert names == {"checkpoint.pt", "adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl",
                      "samples.jsonl", "summary.json"}
     summary = json.loads((out / "a" / "summary.json").read_text())
-    assert summary["n"] == 40 and {"base_speech", "base_text", "speech", "text", "mrr_before",
-                                   "mrr_after"} < set(summary)
+    assert summary["n"] == 40
+    assert {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
     lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and ["eval_speech" in line for line in lines] == [False, True,
-                                                                                                           True]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert ["eval_speech" in line for line in lines] == [False, True, True]
     group = json.loads((out / "a" / "samples.jsonl").read_text().splitlines()[0])
     assert len(group["speech"]) == len(group["text"]) == 4
     for m in tars.MODALITIES:
@@ -972,8 +956,8 @@ def log_apart_from_times(out):
 def test_same_seed_same_log_apart_from_times(small_run):
     out, _ = small_run
     assert log_apart_from_times(out / "a") == log_apart_from_times(out / "b")
-    assert (out / "a" / "adapter_model.safetensors").read_bytes() == (out / "b"
-                                                                      / "adapter_model.safetensors").read_bytes()
+    assert (out / "a" / "adapter_model.safetensors").read_bytes() == (
+        out / "b" / "adapter_model.safetensors").read_bytes()
     assert (out / "a" / "samples.jsonl").read_text() == (out / "b" / "samples.jsonl").read_text()
 
 
@@ -984,8 +968,8 @@ def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo)
             f"evaluation.load_adapter(lm, {str(out / 'a')!r}); cfg = tars.Config(max_new_tokens=26, eval_batch=64)\n"
             f"test = tars.load_questions({str(small_demo / 'test')!r})\n"
             "print(json.dumps(tars.evaluate(lm, test, tars.extract_answers, cfg)))")
-    accuracy, summary = json.loads(run("-c", code).splitlines()[-1]), json.loads((out / "a"
-                                                                                  / "summary.json").read_text())
+    accuracy, summary = json.loads(run("-c", code).splitlines()[-1]), json.loads(
+        (out / "a" / "summary.json").read_text())
     assert accuracy == {name: summary[name] for name in ("speech", "text", "length_speech", "length_text")}
     assert accuracy["text"] > 0
 
@@ -1009,8 +993,8 @@ def tone(seconds, rate, channels=1):
 
 @pytest.mark.parametrize("data",
                          [tone(1, 8_000), wav(np.zeros((16_000, 1), int), width=1), tone(0.05, 16_000),
-                          tone(301, 16_000),
-                                  tone(1, 16_000, channels=2)], ids=["rate", "width", "short", "long", "stereo"])
+                          tone(301, 16_000), tone(1, 16_000, channels=2)],
+                         ids=["rate", "width", "short", "long", "stereo"])
 def test_clips_are_16_bit_mono_wav_and_others_are_named(data):
     with pytest.raises(SystemExit, match="q7 is no 16-bit mono WAV at 16 kHz of 0.1 to 300 s"):
         tars.read_clip(data, "q7")
@@ -1034,8 +1018,7 @@ def test_clip_is_scaled_to_one():
 def test_prompts_are_byte_exact():
     assert Phi4Multimodal.before_user == f"<|system|>{tars.SYSTEM_PROMPT}<|end|><|user|>"
     assert Phi4Multimodal.after_user == "<|end|><|assistant|>"
-    assert Qwen25Omni.before_user.startswith(
-        "<|im_start|>system\nA conversation between User and Assistant. The user asks")
+    assert Qwen25Omni.before_user.startswith("<|im_start|>system\nA conversation between User and Assistant. The user")
     assert Qwen25Omni.before_user.endswith(
         "i.e., <think>[THINKING PROCESS]</think><answer>The answer is [CHOICE].</answer><|im_end|>\n<|im_start|>user\n")
     assert Qwen25Omni.after_user == "<|im_end|>\n<|im_start|>assistant\n"
@@ -1094,8 +1077,8 @@ def test_tokenizer_is_tokenizer_json_as_it_is(checkpoint, tmp_path):
     as_it_is = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     lm = SpeechLM.from_pretrained(str(path))
     assert lm.tokenizer(text, add_special_tokens=False).input_ids == as_it_is
-    assert transformers.AutoTokenizer.from_pretrained(path)(
-        text, add_special_tokens=False).input_ids != as_it_is  # the trap is there
+    # the trap is there
+    assert transformers.AutoTokenizer.from_pretrained(path)(text, add_special_tokens=False).input_ids != as_it_is
 
 
 def damaged(source, path, change):
@@ -1109,8 +1092,9 @@ def damaged(source, path, change):
     return name.split("layers.")[1]
 
 
-@pytest.mark.parametrize("change", [lambda tensors, name: tensors.pop(name),
-                                    lambda tensors, name: tensors.update({name + "s": tensors.pop(name)})],
+@pytest.mark.parametrize("change",
+                         [lambda tensors, name: tensors.pop(name),
+                          lambda tensors, name: tensors.update({name + "s": tensors.pop(name)})],
                          ids=["missing", "renamed"])
 def test_model_that_lacks_a_tensor_is_refused(checkpoint, tmp_path, change):
     name = damaged(checkpoint, tmp_path / "model", change)
@@ -1135,9 +1119,8 @@ def test_models_take_their_checkpoints_dtype_on_a_gpu_that_has_it_and_float32_el
     class Kind:
         def from_pretrained(path, dtype, output_loading_info):
             asked.append(dtype)
-            return SimpleNamespace(state_dict=dict,
-                                   to=lambda device: torch.nn.Module()), {"missing_keys": set(),
-                                                                          "unexpected_keys": set()}
+            return SimpleNamespace(state_dict=dict, to=lambda device: torch.nn.Module()), {
+                "missing_keys": set(), "unexpected_keys": set()}
 
     for native in (False, True):
         monkeypatch.setattr(tars, "BFLOAT16", native)
@@ -1175,8 +1158,8 @@ def test_a_run_in_emulated_bfloat16(checkpoint, small_demo, tmp_path, monkeypatc
     tars.main(["--model", checkpoint, "--out", str(tmp_path / "run"), "--steps", "2", "--questions-per-step", "2",
                "--lr", "0.01", *data])
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(math.isfinite(line[k]) for line in lines
-                                   for k in ("loss", "rep_speech", "reward_speech"))
+    assert len(lines) == 2
+    assert all(math.isfinite(line[k]) for line in lines for k in ("loss", "rep_speech", "reward_speech"))
     lm = SpeechLM.from_pretrained(checkpoint)
     evaluation.load_adapter(lm, tmp_path / "run")
     assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16, torch.float32}  # LoRA's matrices stay float32
@@ -1217,52 +1200,51 @@ WATER = ["10 °C", "100 °C", "1,000", "0.75"]
 DRINKS = ["beer", "red wine", "tea", "milk"]
 
 
-@pytest.mark.parametrize("options, letter, completions", [
-    (THINGS, "B", ["<think>A or D?</think><answer>The answer is B.</answer>",
-        "<think>x</think><answer>The answer is B.", "B", "(B)", "(B).", "[B]", "b)", "THE ANSWER IS B.",
-        "the answer is b.", "It must be B", "Therefore, B.", "\\boxed{B}", "\\boxed{\\text{B}}", '"B"', "<b>B</b>",
-        "B: stone", "The answer is B. Unlike glass, stone does not shatter.",
-        "**Determine the correct answer**\n\nA. wood\nB. stone\nC. paper\nD. glass\n\nThe answer is stone.",
-        "A is brittle. Option B (stone) is hard. Option C burns.\nSo the best answer is B."]),
-    (THINGS, "C", ["<think>So A.</think>\n\nThe answer is C.", "<THINK>x</THINK><Answer>C</Answer>",
-        "<answer>Option C</answer>", "The answer is (C).", "The correct choice would be C", "C is the right answer.",
-        "I'd say C, because it is paper.", "**Answer:** (C)", "### Answer\n\n**C**", "The answer is A... no, C.",
-        "The answer is B. No, the answer is C.", "At first I thought A, but the answer is C."]),
-    (THINGS, "D", ["<think>I must end with <answer>The answer is A.</answer></think><answer>The answer is D.</answer>",
-        "So B. The answer is B.</think>D", "The answer is: D", "I'd go with option d", "Thus \\(\\boxed{D}\\).",
-        "`D`"]),
-    (THINGS, None, ["<think>Stone it is. The answer is B.", "<think>A</think> <think>no",
-        "<think>x</think><answer></answer>", "The answer is B, glass", "The answer is paper (D).",
-        "The answer is A. Wait, that is wrong.", "The answer is A. So A is wrong.",
-        "As in option (C), it burns. The answer is (G).", "The answer is A red herring", "A cat is an animal.",
-        "The answer is a dog.", "The answer is Better.", "The answer is C#.", "My answer is A+.",
-        "Figure A shows the lungs.", "SS: A: 23.00", "This distinguishes Option C from Option D.",
-        "The answer is because of D.", "The answer cannot be A.", "It is unlikely to be A",
-        "Option A, which is not correct.", "The answer is not B.", "not C", "All but D.", "Is the answer A?",
-        "The answer might be A.", "I doubt that the answer is A.", "If it were hot, the answer would be D.",
-        "People say the answer is A.", "B or C", "The answer is A or B.", "A and C are both correct.",
-        "The answer is A, B, and C.", "A. wood\nB. stone\nC. paper\nD. glass", "A. wood\nB. stone",
-        "(A) wood (B) stone (C) paper (D) glass", "None of these.", "I don't know.", "",
-        "Wood burns. Stone does not. Paper burns."]),
-    (THINGS, "A", ["The answer is A. Option B is wrong, since stone sinks.", "ANSWER: $A$"]),
-    (DRINKS, "B", ["The answer is **B) red wine**", "Answer: B. red wine"]),
-    (ANIMALS, "C", ["C. a scorpion", "The answer is a scorpion.", "It's the scorpion"]),
-    (["2", "8", "4", "6"], None, ["d, which is 8"]),
-    (ANIMALS, None, ["D. a scorpion"]),
-    (["gold", "white gold", "iron", "tin"], "A", ["The answer is gold, because it is heavy."]),
-    (["gold", "white gold", "iron", "tin"], "B", ["The answer is white gold."]),
-    (WATER, "D", ["The answer is 0.75. It is three quarters."]),
-    (WATER, "C", ["The correct answer is 1,000. A kilogram has so many grams.", "The answer is 1000."]),
-    (WATER, "B", ["The answer is 100°C."]),
-    (OPTIONS, "C", ["The answer is dublin"]),
-    (["x", "y", "z", "none of these"], "D", ["None of these."]),
-    (["polish", "Polish", "x", "y"], "B", ["The answer is Polish."]),
-    (["vitamin C", "iron", "zinc", "x"], "A", ["The answer is vitamin C."]),
-    (["3", "-3", "0", "6"], "B", ["The answer is -3."]),
-    (["4", "14", "24", "40"], None, ["The answer is 24.5."]),
-    (["red", "white", "blue", "green"], None, ["The answer is red, white and blue."]),
-    (["red", "red", "blue", "green"], None, ["The answer is red."]),
-])
+@pytest.mark.parametrize(
+    "options, letter, completions",
+    [(THINGS, "B",
+      ["<think>A or D?</think><answer>The answer is B.</answer>", "<think>x</think><answer>The answer is B.", "B",
+       "(B)", "(B).", "[B]", "b)", "THE ANSWER IS B.", "the answer is b.", "It must be B", "Therefore, B.",
+       "\\boxed{B}", "\\boxed{\\text{B}}", '"B"', "<b>B</b>", "B: stone",
+       "The answer is B. Unlike glass, stone does not shatter.",
+       "**Determine the correct answer**\n\nA. wood\nB. stone\nC. paper\nD. glass\n\nThe answer is stone.",
+       "A is brittle. Option B (stone) is hard. Option C burns.\nSo the best answer is B."]),
+     (THINGS, "C",
+      ["<think>So A.</think>\n\nThe answer is C.", "<THINK>x</THINK><Answer>C</Answer>", "<answer>Option C</answer>",
+       "The answer is (C).", "The correct choice would be C", "C is the right answer.",
+       "I'd say C, because it is paper.", "**Answer:** (C)", "### Answer\n\n**C**", "The answer is A... no, C.",
+       "The answer is B. No, the answer is C.", "At first I thought A, but the answer is C."]),
+     (THINGS, "D",
+      ["<think>I must end with <answer>The answer is A.</answer></think><answer>The answer is D.</answer>",
+       "So B. The answer is B.</think>D", "The answer is: D", "I'd go with option d", "Thus \\(\\boxed{D}\\).", "`D`"]),
+     (THINGS, None,
+      ["<think>Stone it is. The answer is B.", "<think>A</think> <think>no", "<think>x</think><answer></answer>",
+       "The answer is B, glass", "The answer is paper (D).", "The answer is A. Wait, that is wrong.",
+       "The answer is A. So A is wrong.", "As in option (C), it burns. The answer is (G).",
+       "The answer is A red herring", "A cat is an animal.", "The answer is a dog.", "The answer is Better.",
+       "The answer is C#.", "My answer is A+.", "Figure A shows the lungs.", "SS: A: 23.00",
+       "This distinguishes Option C from Option D.", "The answer is because of D.", "The answer cannot be A.",
+       "It is unlikely to be A", "Option A, which is not correct.", "The answer is not B.", "not C", "All but D.",
+       "Is the answer A?", "The answer might be A.", "I doubt that the answer is A.",
+       "If it were hot, the answer would be D.", "People say the answer is A.", "B or C", "The answer is A or B.",
+       "A and C are both correct.", "The answer is A, B, and C.", "A. wood\nB. stone\nC. paper\nD. glass",
+       "A. wood\nB. stone", "(A) wood (B) stone (C) paper (D) glass", "None of these.", "I don't know.", "",
+       "Wood burns. Stone does not. Paper burns."]),
+     (THINGS, "A", ["The answer is A. Option B is wrong, since stone sinks.", "ANSWER: $A$"]),
+     (DRINKS, "B", ["The answer is **B) red wine**", "Answer: B. red wine"]),
+     (ANIMALS, "C", ["C. a scorpion", "The answer is a scorpion.", "It's the scorpion"]),
+     (["2", "8", "4", "6"], None, ["d, which is 8"]), (ANIMALS, None, ["D. a scorpion"]),
+     (["gold", "white gold", "iron", "tin"], "A", ["The answer is gold, because it is heavy."]),
+     (["gold", "white gold", "iron", "tin"], "B", ["The answer is white gold."]),
+     (WATER, "D", ["The answer is 0.75. It is three quarters."]),
+     (WATER, "C", ["The correct answer is 1,000. A kilogram has so many grams.", "The answer is 1000."]),
+     (WATER, "B", ["The answer is 100°C."]), (OPTIONS, "C", ["The answer is dublin"]),
+     (["x", "y", "z", "none of these"], "D", ["None of these."]),
+     (["polish", "Polish", "x", "y"], "B", ["The answer is Polish."]),
+     (["vitamin C", "iron", "zinc", "x"], "A", ["The answer is vitamin C."]),
+     (["3", "-3", "0", "6"], "B", ["The answer is -3."]), (["4", "14", "24", "40"], None, ["The answer is 24.5."]),
+     (["red", "white", "blue", "green"], None, ["The answer is red, white and blue."]),
+     (["red", "red", "blue", "green"], None, ["The answer is red."])])
 def test_extract_answer_reads_what_a_careful_person_reads(options, letter, completions):
     for completion in completions:
         assert extract_answer(completion, options) == letter, completion
@@ -1279,8 +1261,8 @@ def test_ngram_embedder_by_hand():
 
 
 # ==== 10. Logs, adapter files and checkpoints =========================================================================
-def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(checkpoint, lm, questions, answers,
-                                                                            tmp_path):
+def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(
+    checkpoint, lm, questions, answers, tmp_path):
     base, _ = forward(lm, questions, *answers)
     perturb(lm)
     trained, _ = forward(lm, questions, *answers)
@@ -1326,8 +1308,8 @@ def test_adapter_of_another_model_or_rank_is_refused(checkpoint, lm, tmp_path):
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     tars.write_aside(tmp_path / "file", b"old")
-    monkeypatch.setattr(tars.os, "replace",
-                        lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))  # killed just before
+    # killed just before
+    monkeypatch.setattr(tars.os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tars.write_aside(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
@@ -1335,9 +1317,10 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 def long_flags(small_demo, out):
     """A run of six steps with a checkpoint after each."""
-    return [str(x) for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2,
-                             "--save-every", 0.001, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3,
-                             "--eval-batch", 40, "--out", out)]
+    return [str(x)
+            for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2,
+                      "--save-every", 0.001, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3, "--eval-batch", 40,
+                      "--out", out)]
 
 
 @pytest.fixture(scope="session")
@@ -1367,8 +1350,8 @@ def wait_for_steps(process, out, steps):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("save_every",
-                         ["0.3", "1000"])  # after the second the checkpoint is that of step 0, and the log is longer
+# after the second the checkpoint is that of step 0, and the log is longer
+@pytest.mark.parametrize("save_every", ["0.3", "1000"])
 def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_path, save_every):
     out = tmp_path / "run"
     process = start(small_demo, out, "--save-every", save_every)
@@ -1392,8 +1375,8 @@ def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_
     same_run(out, uninterrupted)
 
 
-def test_resume_begins_anew_where_there_is_no_checkpoint_and_touches_no_other_folder(small_demo, uninterrupted,
-                                                                                     tmp_path):
+def test_resume_begins_anew_where_there_is_no_checkpoint_and_touches_no_other_folder(
+    small_demo, uninterrupted, tmp_path):
     (out := tmp_path / "run").mkdir()
     (out / "checkpoint.pt.part").write_bytes(b"killed in the first write")
     run(*long_flags(small_demo, out), "--resume")
@@ -1512,16 +1495,17 @@ def test_main_runs_in_a_thread_with_a_notebooks_stdout_and_tells_what_it_uses(sm
     thread.join()
     assert "8 of 8 questions of --eval-data are in --data too" in out.getvalue() and "cpu, float32\n" in out.getvalue()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["mrr_after"] == pytest.approx(
-        100 * summary["speech"] / 0.8)  # Eq. (1) with the text backbone's accuracy
-    assert f"after {100 * summary['speech']:>31.1f}"[:5] in out.getvalue(
-        ) and f"{summary['mrr_after']:.1f}" in out.getvalue()
+    # Eq. (1) with the text backbone's accuracy
+    assert summary["mrr_after"] == pytest.approx(100 * summary["speech"] / 0.8)
+    assert f"after {100 * summary['speech']:>31.1f}"[:5] in out.getvalue()
+    assert f"{summary['mrr_after']:.1f}" in out.getvalue()
 
 
 def test_run_of_ipython(small_demo, tmp_path):
     pytest.importorskip("IPython", reason="IPython is not installed; it is needed for this test alone")
-    flags = " ".join(map(str, ["--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 1,
-                               "--questions-per-step", 2]))
+    flags = " ".join(map(str,
+                         ["--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 1,
+                          "--questions-per-step", 2]))
     run("-m", "IPython", "--no-banner", "--colors=NoColor", "-c", f"%run {HERE / 'tars.py'} {flags}")
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -1568,8 +1552,8 @@ def test_demo_lessons_are_right_and_weigh_what_is_to_be_learnt():
                 assert not question and len(sums) == 6 and all(a[3] == b[0] for a, b in itertools.pairwise(sums))
                 assert learnt == [(f" {result}", 1.0) for *_, result in sums]
             else:  # the whole answer is learnt, the letter three times
-                assert "".join(token for token,
-                               _ in learnt) == answer and tars.format_reward(answer.removesuffix("<|im_end|>")) == 1
+                assert "".join(token for token, _ in learnt) == answer
+                assert tars.format_reward(answer.removesuffix("<|im_end|>")) == 1
                 assert [w for token, w in learnt if token in (" A", " B", " C", " D")] == [3.0, 3.0]
                 assert len(sums) == (0 if kind == "look up" else len(expression) // 2)
                 assert kind == "look up" or expression[:3] in {known_[:3] for known_ in known}
@@ -1601,12 +1585,12 @@ def float_wav(samples):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("data, says", [
-    (b"", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
-    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 8_000), "longer than 300 s .301.00 s."),
-    (wav(np.zeros((8000, 1), int), rate=1_000_003), "a rate of 1000003 Hz"),
-    (float_wav(np.full(8000, math.nan)), "NaN samples"),
-], ids=lambda x: x if isinstance(x, str) else "clip")
+@pytest.mark.parametrize(
+    "data, says",
+    [(b"", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
+     (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 8_000), "longer than 300 s .301.00 s."),
+     (wav(np.zeros((8000, 1), int), rate=1_000_003), "a rate of 1000003 Hz"),
+     (float_wav(np.full(8000, math.nan)), "NaN samples")], ids=lambda x: x if isinstance(x, str) else "clip")
 def test_bad_clips_are_named(data, says):
     with pytest.raises(data_prep.Lost, match=says):
         decode_clip(data)
@@ -1654,9 +1638,10 @@ ROW = {"key": "k0", "question": "Who?", "options": ["w", "x", "y", "z"], "answer
 
 
 def test_tars_source(tmp_path, capsys):
-    changes = [{}, {"key": "k1", "question": "When?", "audio": tone(1.5, 24_000)}, {"audio": b"RIFFno"}, {"audio": b""},
-               {"audio": wav(np.zeros((16_000, 1), int))}, {"audio": tone(2.1, 16_000)}, {"options": list("vwxyz")},
-               {"answer_index": 4}, {"question": " "}, {"options": ["w", "", "y", "z"]}, {"options": list("wxxz")}, {}]
+    changes = [
+        {}, {"key": "k1", "question": "When?", "audio": tone(1.5, 24_000)}, {"audio": b"RIFFno"}, {"audio": b""},
+        {"audio": wav(np.zeros((16_000, 1), int))}, {"audio": tone(2.1, 16_000)}, {"options": list("vwxyz")},
+        {"answer_index": 4}, {"question": " "}, {"options": ["w", "", "y", "z"]}, {"options": list("wxxz")}, {}]
     replica(tmp_path / "hub" / "train.parquet", [ROW | change for change in changes])
     counts = prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 2)
     assert counts == {
@@ -1665,21 +1650,21 @@ def test_tars_source(tmp_path, capsys):
         "an empty question": 1, "an empty option": 1, "two equal options": 1, "word for word an earlier row": 1}
     data = load_questions(tmp_path / "data")
     assert data["key"] == ["k0", "k1"] and data["tts_wer"] == [0.05] * 2 and data["answer_index"] == [2, 2]
-    assert [len(tars.read_clip(row["audio"]["bytes"])) for row in data] == [16_000,
-                                                                            24_000] and data["seconds"] == [1, 1.5]
+    assert [len(tars.read_clip(row["audio"]["bytes"])) for row in data] == [16_000, 24_000]
+    assert data["seconds"] == [1, 1.5]
     assert {p.name for p in tmp_path.iterdir()} == {"hub", "data"}  # nothing half-done is left beside it
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"question": None}, "an empty question"), ({"question": "\u200b"}, "an empty question"),
-    ({"question": 7}, "question that is no text"), ({"options": "wxyz"}, "other than four options"),
-    ({"options": {"A": "w", "B": "x", "C": "y", "D": "z"}}, "other than four options"),
-    ({"options": ["w", None, "y", "z"]}, "an empty option"),
-                                            ({"options": ["w", 2, "y", "z"]}, "option that is no text"),
-    ({"answer_index": 1.0}, "the answer is none"), ({"answer_index": True}, "the answer is none"),
-    ({"answer_index": -1}, "the answer is none"), ({"prompt_for_tts": None}, "an empty prompt"),
-    ({"audio": {"bytes": None, "path": None}}, "no clip"),
-], ids=str)
+@pytest.mark.parametrize(
+    "change, reason",
+    [({"question": None}, "an empty question"), ({"question": "\u200b"}, "an empty question"),
+     ({"question": 7}, "question that is no text"), ({"options": "wxyz"}, "other than four options"),
+     ({"options": {"A": "w", "B": "x", "C": "y", "D": "z"}}, "other than four options"),
+     ({"options": ["w", None, "y", "z"]}, "an empty option"),
+     ({"options": ["w", 2, "y", "z"]}, "option that is no text"), ({"answer_index": 1.0}, "the answer is none"),
+     ({"answer_index": True}, "the answer is none"), ({"answer_index": -1}, "the answer is none"),
+     ({"prompt_for_tts": None}, "an empty prompt"), ({"audio": {"bytes": None, "path": None}}, "no clip")],
+    ids=str)
 def test_a_cell_that_is_empty_or_of_another_type_loses_its_row(change, reason):
     row, args = ROW | {"audio": {"bytes": ROW["audio"], "path": None}}, SimpleNamespace(max_seconds=9)
     assert data_prep.from_tars(0, row | {"tts_wer": "n/a"}, args)["tts_wer"] is None
@@ -1693,19 +1678,19 @@ ASKED = "\n\nWhat is the answer to the above multiple choice question? Select on
 FOUR = ["one", "two", "three", "four"]
 
 
-@pytest.mark.parametrize("prompt, question, options", [
-    ("Q\nr?\nA. one\nB. two\n D\nC. three\nD. four" + ASKED, "Q r?", ["one", "two D", "three", "four"]),
-    ("Q?\nA. one\nB. two\nC. three\nD. fo\n\nur" + ASKED, "Q?", ["one", "two", "three", "fo ur"]),
-    ("Q?\nA.one\nB.two\nC.three\nD.four" + ASKED, "Q?", FOUR), ("Q?\nA) one\nB) two\nC) three\nD) four", "Q?", FOUR),
-    ("Q?\n(A) one\n(B) two\n(C) three\n(D) four" + ASKED, "Q?", FOUR),
-    ("Q?\nOption A: one\nOption B: two\nOption C: three\nOption D: four" + ASKED, "Q?", FOUR),
-    ("E. coli is\na.\u00a0one\nb. two\nc. three\nd. four" + ASKED, "E. coli is", FOUR),
-    ("Which?\nA. x is 1\nB. y is 2\nA. one\nB. two\nC. three\nD. four" + ASKED, "Which? A. x is 1 B. y is 2", FOUR),
-    ("Q?\nA. one\nB. two\nC. three\nD. four\n\nPick one.", "Q?", FOUR),
-    ("Q?\nA. one\nB. two\nC. three\nD. four\nPick one.", "no telling", None),
-    ("Q?\nA. one\nB. two" + ASKED, "other than four", None), ("Q?" + ASKED, "not recognised", None),
-    ("Q?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5" + ASKED, "other than four", None),
-])
+@pytest.mark.parametrize(
+    "prompt, question, options",
+    [("Q\nr?\nA. one\nB. two\n D\nC. three\nD. four" + ASKED, "Q r?", ["one", "two D", "three", "four"]),
+     ("Q?\nA. one\nB. two\nC. three\nD. fo\n\nur" + ASKED, "Q?", ["one", "two", "three", "fo ur"]),
+     ("Q?\nA.one\nB.two\nC.three\nD.four" + ASKED, "Q?", FOUR), ("Q?\nA) one\nB) two\nC) three\nD) four", "Q?", FOUR),
+     ("Q?\n(A) one\n(B) two\n(C) three\n(D) four" + ASKED, "Q?", FOUR),
+     ("Q?\nOption A: one\nOption B: two\nOption C: three\nOption D: four" + ASKED, "Q?", FOUR),
+     ("E. coli is\na.\u00a0one\nb. two\nc. three\nd. four" + ASKED, "E. coli is", FOUR),
+     ("Which?\nA. x is 1\nB. y is 2\nA. one\nB. two\nC. three\nD. four" + ASKED, "Which? A. x is 1 B. y is 2", FOUR),
+     ("Q?\nA. one\nB. two\nC. three\nD. four\n\nPick one.", "Q?", FOUR),
+     ("Q?\nA. one\nB. two\nC. three\nD. four\nPick one.", "no telling", None),
+     ("Q?\nA. one\nB. two" + ASKED, "other than four", None), ("Q?" + ASKED, "not recognised", None),
+     ("Q?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5" + ASKED, "other than four", None)])
 def test_prompts_are_read_as_a_person_reads_them_or_lost(prompt, question, options):
     if options:
         assert data_prep.parse_prompt(prompt) == (question, options)
@@ -1718,8 +1703,8 @@ def test_voicebench_sources(tmp_path, capsys):
     prompt = "Which?\n" + "".join(f"{letter}. {word}\n" for letter, word in zip("ABCD", FOUR, strict=True)) + ASKED[1:]
     row = {"audio": tone(0.5, 24_000), "prompt": prompt, "reference": "B", "category": "law"}
     replica(tmp_path / "hub" / "mmsu" / "law-00000-of-00001.parquet", [row, row | {"prompt": "No options.\nWhat now?"}])
-    replica(tmp_path / "hub" / "mmsu" / "physics-00000-of-00001.parquet", [
-        row | {"category": "physics", "reference": "D"}, row | {"reference": "E"}])
+    replica(tmp_path / "hub" / "mmsu" / "physics-00000-of-00001.parquet",
+            [row | {"category": "physics", "reference": "D"}, row | {"reference": "E"}])
     replica(tmp_path / "hub" / "openbookqa" / "test-00000-of-00001.parquet", [row])
     counts = prepare(capsys, "voicebench-mmsu", "--origin", tmp_path / "hub", "--out", tmp_path / "mmsu")
     assert counts == {"rows in": 4, "rows out": 2, "hours of audio": 0.0, "options not recognised": 1,
@@ -1769,12 +1754,13 @@ def test_disk_is_measured_before_the_work_starts(tmp_path, capsys, monkeypatch):
 TABLE = "question,A,B,C,D,answer,wav\nWho?,NA,007,y,z,C,1.wav\n"
 
 
-@pytest.mark.parametrize("text, lost", [
-    (TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}), ("sep=;\n" + TABLE.replace(",", ";"), {}),
-    (TABLE + "When?,w,x,y,z,C,\n", {"no recording, and no dash that asks for a voice": 1}),
-    (TABLE + "When?,w,x,y\n,,,,,,\n", {"the answer is none of the options": 2}),
-    (TABLE + "When?,w,x,y,z,C,2.wav\n", {"an unreadable clip": 1}),
-], ids=["a comma too many", "Excel's sep", "no recording", "short and blank rows", "no file"])
+@pytest.mark.parametrize(
+    "text, lost",
+    [(TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}), ("sep=;\n" + TABLE.replace(",", ";"), {}),
+     (TABLE + "When?,w,x,y,z,C,\n", {"no recording, and no dash that asks for a voice": 1}),
+     (TABLE + "When?,w,x,y\n,,,,,,\n", {"the answer is none of the options": 2}),
+     (TABLE + "When?,w,x,y,z,C,2.wav\n", {"an unreadable clip": 1})],
+    ids=["a comma too many", "Excel's sep", "no recording", "short and blank rows", "no file"])
 def test_rows_of_a_table_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, monkeypatch, text, lost):
     monkeypatch.setattr(data_prep, "Voice", lambda *args: pytest.fail("no row asks for a voice"))
     (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
@@ -1886,8 +1872,8 @@ def test_a_reading_is_kept_below_ten_percent_of_wrong_words(tmp_path, capsys, mo
     assert data_prep.from_mmlu(0, row, args)["tts_wer"] == 0.05
     for wrong, other, says in (("these", "those", r"word error rate of 10 % or more, 1 tries \(at last 10%: .*some of"),
                                ("Option D", "Option B", r"(?s)option d not heard, 1 tries \(at last 10%: ")):
-        args.listener.transcribe = lambda waveform, w=wrong, o=other: args.voice.text.replace("sum",
-                                                                                              "some").replace(w, o)
+        args.listener.transcribe = lambda waveform, w=wrong, o=other: args.voice.text.replace(
+            "sum", "some").replace(w, o)
         with pytest.raises(data_prep.Lost, match=says):
             data_prep.from_mmlu(0, row, args)
     text = "question,A,B,C,D,answer\n" + "".join(f"Who is number {i}?,w,x,y,z,C\n" for i in range(12))
@@ -1899,31 +1885,32 @@ def test_a_reading_is_kept_below_ten_percent_of_wrong_words(tmp_path, capsys, mo
     assert capsys.readouterr().out.count("none of the first ten rows is kept: facebook/mms-tts-eng and openai") == 1
 
 
-@pytest.mark.parametrize("text, spoken", [
-    ("342", "three hundred forty two"), ("1,000,017", "one million seventeen"), ("3.14", "three point one four"),
-    ("007", "zero zero seven"), (".05", "zero point zero five"), ("from -5 to 3", "from minus five to three"),
-    ("the 2nd and 21st", "the second and twenty first"), ("in 1984", "in nineteen eighty four"),
-    ("July 4, 1776", "july four seventeen seventy six"), ("the 1990s", "the nineteen nineties"),
-    ("1984 people", "one thousand nine hundred eighty four people"), ("at 3:30 p.m. or", "at three thirty p m or"),
-    ("10:00 AM", "ten a m"), ("at 10:00", "at ten o'clock"), ("at 9:05", "at nine oh five"), ("$1", "one dollar"),
-    ("$5.50", "five dollars and fifty cents"), ("$3 million", "three million dollars"), ("£0.50", "fifty pence"),
-    ("a $10 bill", "a ten dollar bill"), ("5-10 days", "five to ten days"), ("10 - 3", "ten minus three"),
-    ("1½ cups", "one and one half cups"), ("x² + y = 4", "x squared plus y equals four"), ("x ≤ 3", "x is less than or "
-     "equal to three"), ("3 × 4", "three times four"), ("9.8 m/s", "nine point eight meters per second"),
-    ("1 kg", "one kilogram"), ("50 Hz", "fifty hertz"), ("a 6 ft wall", "a six foot wall"), ("20%", "twenty percent"),
-    ("20 °C", "twenty degrees celsius"), ("α-decay", "alpha decay"), ("café", "cafe"),
-                                          ("St. Augustine", "saint augustine"),
-    ("Dr. Smith vs. Mr. Jones", "doctor smith versus mister jones"), ("U.S. law", "u s law"), ("and/or", "and or"),
-    ("Who?\nOption A: I", "who. option a i"), ("don’t (ever) 'go'", "don't ever go"), ("well-known", "well known"),
-])
+@pytest.mark.parametrize(
+    "text, spoken",
+    [("342", "three hundred forty two"), ("1,000,017", "one million seventeen"), ("3.14", "three point one four"),
+     ("007", "zero zero seven"), (".05", "zero point zero five"), ("from -5 to 3", "from minus five to three"),
+     ("the 2nd and 21st", "the second and twenty first"), ("in 1984", "in nineteen eighty four"),
+     ("July 4, 1776", "july four seventeen seventy six"), ("the 1990s", "the nineteen nineties"),
+     ("1984 people", "one thousand nine hundred eighty four people"), ("at 3:30 p.m. or", "at three thirty p m or"),
+     ("10:00 AM", "ten a m"), ("at 10:00", "at ten o'clock"), ("at 9:05", "at nine oh five"), ("$1", "one dollar"),
+     ("$5.50", "five dollars and fifty cents"), ("$3 million", "three million dollars"), ("£0.50", "fifty pence"),
+     ("a $10 bill", "a ten dollar bill"), ("5-10 days", "five to ten days"), ("10 - 3", "ten minus three"),
+     ("1½ cups", "one and one half cups"), ("x² + y = 4", "x squared plus y equals four"),
+     ("x ≤ 3", "x is less than or " "equal to three"), ("3 × 4", "three times four"),
+     ("9.8 m/s", "nine point eight meters per second"), ("1 kg", "one kilogram"), ("50 Hz", "fifty hertz"),
+     ("a 6 ft wall", "a six foot wall"), ("20%", "twenty percent"), ("20 °C", "twenty degrees celsius"),
+     ("α-decay", "alpha decay"), ("café", "cafe"), ("St. Augustine", "saint augustine"),
+     ("Dr. Smith vs. Mr. Jones", "doctor smith versus mister jones"), ("U.S. law", "u s law"), ("and/or", "and or"),
+     ("Who?\nOption A: I", "who. option a i"), ("don’t (ever) 'go'", "don't ever go"), ("well-known", "well known")])
 def test_spelled_out_as_a_person_says_it(text, spoken):
     assert data_prep.spell_out(text) == spoken
 
 
-@pytest.mark.parametrize("text", [
-    "x != y", "5!", "|x|", "$1.5M", "i++", "a == b", "A -> B", "C6H12O6", "Fe2(SO4)3", "https://example.com", "5-10",
-    "3:1", "ratio 3:15", "x_1", "x^2", "1/2", "9/11", "f(x)", "(x + 1)(x - 1)", "I and III", "COVID-19", "3D", "2x",
-    "1.2.3", "12,34", r"\frac{a}{b}", "$x$", "9.8 m/s²", "5 * 3", "[1]", "#1", "~5", "Main St. today", "北京", "😀"])
+@pytest.mark.parametrize(
+    "text",
+    ["x != y", "5!", "|x|", "$1.5M", "i++", "a == b", "A -> B", "C6H12O6", "Fe2(SO4)3", "https://example.com", "5-10",
+     "3:1", "ratio 3:15", "x_1", "x^2", "1/2", "9/11", "f(x)", "(x + 1)(x - 1)", "I and III", "COVID-19", "3D", "2x",
+     "1.2.3", "12,34", r"\frac{a}{b}", "$x$", "9.8 m/s²", "5 * 3", "[1]", "#1", "~5", "Main St. today", "北京", "😀"])
 def test_what_no_rule_says_is_lost_and_not_guessed(text):
     with pytest.raises(data_prep.Lost, match="no rule"):
         data_prep.spell_out(text)
@@ -1933,11 +1920,10 @@ def test_what_no_rule_says_is_lost_and_not_guessed(text):
 def test_word_error_rate_by_hand():
     # tall -> tell (substituted), a word dropped, a word added: 3 of 6 words
     assert data_prep.word_error_rate("red green blue tall small thin", "red blue tell small thin thin") == 3 / 6
-    for reference, heard in (("the 21st day", "the twenty-first day"), ("$5", "five dollars"),
-                             ("he'd gone", "he had gone"),
-                             ("one hundred and five", "105"),
-                             ("It's 2 o'clock, isn't it?", "it is two oclock is not it"),
-                             ("Option A: (red)", "option a red"), ("20 per cent", "20 percent")):
+    for reference, heard in (
+        ("the 21st day", "the twenty-first day"), ("$5", "five dollars"), ("he'd gone", "he had gone"),
+        ("one hundred and five", "105"), ("It's 2 o'clock, isn't it?", "it is two oclock is not it"),
+        ("Option A: (red)", "option a red"), ("20 per cent", "20 percent")):
         assert data_prep.word_error_rate(reference, heard) == 0
     assert data_prep.word_error_rate("the colour", "the color") == 0.5
     assert data_prep.word_error_rate("the colour", "the color", {"colour": "color"}) == 0  # the recogniser's spelling
@@ -1979,8 +1965,7 @@ def helpers(tmp_path_factory):
         "listener": (transformers.WhisperForConditionalGeneration(listener), small,
                      transformers.WhisperFeatureExtractor()),
         "xfinder": (transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)), tokenizer),
-        "embedder": (transformers.Qwen3Model(transformers.Qwen3Config(**sizes, head_dim=8)), ending),
-    }.items():
+        "embedder": (transformers.Qwen3Model(transformers.Qwen3Config(**sizes, head_dim=8)), ending)}.items():
         for piece in pieces:
             piece.save_pretrained(out / name)
     settings = {"no_timestamps_token_id": 298, "is_multilingual": False, "max_length": 20,
@@ -2107,8 +2092,8 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
     files[1].write_bytes(whole[: len(whole) // 2])
     assert measure(capsys, *command) == printed and files[1].read_bytes() == whole
     fixed = measure(capsys, *command, "--base-text-accuracy", 80).splitlines()
-    assert float(next(line for line in fixed if line.startswith("base")).split()[-1]) == pytest.approx(speech / 0.8,
-                                                                                                       abs=0.1)
+    assert float(next(line for line in fixed if line.startswith("base")).split()[-1]) == pytest.approx(
+        speech / 0.8, abs=0.1)
 
 
 def tars_lines(file):
@@ -2193,11 +2178,12 @@ def test_the_pages_lines_use_an_adapter_with_transformers_and_peft_alone(small_d
     assert "tars" not in "".join(re.findall("import.*", code)).replace("from tars import SYSTEM_PROMPT", "")
     question = load_questions(small_demo / "test")[0]
     (tmp_path / "clip.wav").write_bytes(question["audio"]["bytes"])
-    places = {"Qwen/Qwen2.5-Omni-7B": small_demo / "model", '"runs/tars"': f'"{small_run[0] / "a"}"',
-              "clip.wav": tmp_path / "clip.wav", "runs/merged": tmp_path / "merged",
-              "max_new_tokens=1024": "max_new_tokens=26",
-              r"Which is heaviest?\n\nOption A: iron\nOption B: gold\nOption C: wood\nOption D: ice":
-                  tars.written_question(question).replace("\n", "\\n")}
+    places = {
+        "Qwen/Qwen2.5-Omni-7B": small_demo / "model", '"runs/tars"': f'"{small_run[0] / "a"}"',
+        "clip.wav": tmp_path / "clip.wav", "runs/merged": tmp_path / "merged",
+        "max_new_tokens=1024": "max_new_tokens=26",
+        r"Which is heaviest?\n\nOption A: iron\nOption B: gold\nOption C: wood\nOption D: ice": tars.written_question(
+            question).replace("\n", "\\n")}
     for place, here in places.items():
         assert code.count(place) == 1
         code = code.replace(place, str(here))
@@ -2286,20 +2272,20 @@ def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys
 
 def test_explain_works_one_group_through_with_the_settings_of_a_run(small_demo, tmp_path, capsys):
     cfg = Config(model=str(small_demo / "model"), data=str(small_demo / "train"), embedder="ngrams", alpha=0.5,
-                 beta=2.0,
-                 group_size=4, max_new_tokens=26, joint_norm=True, layers="2-3")
+                 beta=2.0, group_size=4, max_new_tokens=26, joint_norm=True, layers="2-3")
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
     number = r"([+-]?[\d.]+)"
     for flags, alpha, beta, half in (["--model", small_demo / "model", "--explain"], 10, 10, 4), (
-            ["--explain", tmp_path], 0.5, 2, 2):
+        ["--explain", tmp_path], 0.5, 2, 2):
         printed = measure(capsys, *flags)
         assert max(map(len, printed.splitlines())) <= 100
         for function in ("rollout", "base_reward", "pick_references", "representation_reward", "behavior_reward",
                          "total_reward", "modality_advantages", "grpo_loss"):
             assert f"{function}()" in printed
-        totals, advantages = ({name: tuple(map(float, x)) for name, *x in re.findall(form, printed, re.M)} for form in (
-            rf"^  ([ST]\d)  {number} \+ {number} \* {number} \+ {number} \* {number} = {number}$",
-            rf"^  ([ST]\d)  {number} - {number} = {number}  "))
+        totals, advantages = (
+            {name: tuple(map(float, x)) for name, *x in re.findall(form, printed, re.M)}
+            for form in (rf"^  ([ST]\d)  {number} \+ {number} \* {number} \+ {number} \* {number} = {number}$",
+                         rf"^  ([ST]\d)  {number} - {number} = {number}  "))
         assert set(totals) == set(advantages) == {f"{m}{s + 1}" for m in "ST" for s in range(half)}
         for name, (base, a, rep, b, beh, R) in totals.items():  # Eq. (2) and (7) as printed, to three decimals
             assert (a, b) == (alpha, beta) and base + a * rep + b * beh == pytest.approx(R, abs=0.012)
@@ -2338,8 +2324,7 @@ def test_the_sheet_is_the_project_without_the_method(tmp_path):
         whole, sheet = ((folder / name).read_text() for folder in (HERE, tmp_path / "sheet"))
         assert sheet.count("raise NotImplementedError(") == holes
         documented = [{n.name: ast.get_docstring(n) for n in ast.walk(ast.parse(text))
-                       if isinstance(n, ast.FunctionDef)}
-                      for text in (whole, sheet)]
+                       if isinstance(n, ast.FunctionDef)} for text in (whole, sheet)]
         assert documented[0].items() >= documented[1].items() and documented[1]["train_step" if holes > 4 else "main"]
         assert whole.count("\n    # 1.") == sheet.count("\n    # 1.") == 1  # numbered stages stay
     assert "exists: give a new folder" in run(HERE / "course" / "exercises.py", tmp_path / "sheet", fails=True)
@@ -2358,8 +2343,7 @@ def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, capsys, 
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
     evaluation.load_adapter(lm, tmp_path / "run")
     assert "no adapter" not in measure(capsys, "--model", small_demo / "model", "--adapter", tmp_path / "run",
-                                       "--limit",
-                                       4, "--out", tmp_path / "eval")
+                                       "--limit", 4, "--out", tmp_path / "eval")
 
 
 def test_iterated_sft_samples_from_the_model_as_it_is_then(small_demo, monkeypatch):
