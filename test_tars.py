@@ -46,8 +46,17 @@ import data_prep
 import eval as evaluation
 import tars
 from data_prep import decode_clip
-from tars import (Config, LoRALinear, Phi4Multimodal, Qwen25Omni, SpeechLM, attach_lora, extract_answer, load_questions,
-                  pick_references)
+from tars import (
+    Config,
+    LoRALinear,
+    Phi4Multimodal,
+    Qwen25Omni,
+    SpeechLM,
+    attach_lora,
+    extract_answer,
+    load_questions,
+    pick_references,
+)
 
 HERE = Path(__file__).parent
 slow = pytest.mark.skipif("TARS_SLOW" not in os.environ, reason="takes minutes: TARS_SLOW=1 python -m pytest runs it")
