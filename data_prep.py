@@ -43,17 +43,7 @@ from tqdm import tqdm
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 import tars
-from tars import (
-    DEVICE,
-    LETTERS,
-    SAMPLE_RATE,
-    SYSTEM_PROMPT,
-    Qwen25Omni,
-    SpeechLM,
-    load_model,
-    read_clip,
-    write_aside,
-)
+from tars import DEVICE, LETTERS, SAMPLE_RATE, SYSTEM_PROMPT, Qwen25Omni, SpeechLM, load_model, read_clip, write_aside
 
 # ==== 1. The demo's questions: two-step sums over 0..9, four options ==================================================
 # The demo needs no download. The questions are two-step sums, a small formant synthesiser speaks them, and the base

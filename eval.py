@@ -39,25 +39,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 import tars
-from data_prep import (
-    Listener,
-    decode_clip,
-    read_lines,
-    resume,
-    wav_bytes,
-    word_error_rate,
-)
-from tars import (
-    BFLOAT16,
-    DEVICE,
-    LETTERS,
-    MODALITIES,
-    SPEECH,
-    TEXT,
-    Config,
-    SpeechLM,
-    judge,
-)
+from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
+from tars import BFLOAT16, DEVICE, LETTERS, MODALITIES, SPEECH, TEXT, Config, SpeechLM, judge
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."

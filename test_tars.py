@@ -1568,6 +1568,28 @@ def test_demo_lessons_are_right_and_weigh_what_is_to_be_learnt():
                 assert kind == "look up" or expression[:3] in {known_[:3] for known_ in known}
 
 
+def test_a_share_of_the_thoughts_keeps_the_first_result_in_the_head():
+    expression, rng = (5, "minus", 1, "plus", 2), np.random.default_rng(0)
+    assert data_prep.in_steps(expression) == "five minus one is four. four plus two is six"
+    thoughts = [data_prep.in_steps(expression, 0.2, rng) for _ in range(2000)]
+    assert set(thoughts) == {data_prep.in_steps(expression), "five minus one plus two is six"}
+    share = thoughts.count(data_prep.in_steps(expression)) / 2000
+    assert share == pytest.approx(0.2, abs=4 * math.sqrt(0.2 * 0.8 / 2000))
+
+
+def test_muon_is_torchs_but_for_bfloat16():
+    weights = [[torch.nn.Parameter(random_(*shape).float()) for shape in ((8, 8), (4, 8), (8, 3))] for _ in range(2)]
+    ours = data_prep.Muon(weights[0], lr=5e-3, weight_decay=0.3)
+    theirs = torch.optim.Muon(weights[1], lr=5e-3, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    for seed in range(5):
+        for p, q in zip(*weights, strict=True):
+            p.grad, q.grad = (random_(*p.shape, seed=seed).float() for _ in range(2))
+        ours.step()
+        theirs.step()
+    for p, q in zip(*weights, strict=True):
+        assert (p - q).abs().max() < 1e-3 < (p - random_(*p.shape)).abs().max()
+
+
 def test_demo_holds_out_its_test_sums(small_demo):
     train, test = load_questions(small_demo / "train"), load_questions(small_demo / "test")
     assert len(train) == 48 and len(test) == 40 and not set(train["question"]) & set(test["question"])
