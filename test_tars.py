@@ -361,11 +361,15 @@ def lm(checkpoint):
     return SpeechLM.from_pretrained(checkpoint)
 
 
-@pytest.fixture(scope="session")
-def questions():
-    """Four spoken questions with clips of different lengths; the right letters are A, B, C, D."""
+def four_questions():
+    """Spoken questions with clips of different lengths; the right letters are A, B, C, D."""
     rng = np.random.default_rng(1)
     return [data_prep.spoken_question(SUMS[i], n, rng, f"q{n}")[0] for n, i in enumerate((3, 500, 777, 1200))]
+
+
+@pytest.fixture(scope="session")
+def questions():
+    return four_questions()
 
 
 def four_answers(lm):

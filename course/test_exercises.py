@@ -14,20 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tars
+import test_tars
 from tars import TEXT, Config, LoRALinear, Qwen25Omni, SpeechLM
-from test_tars import (  # noqa: F401
-    Recorder,
-    cos,
-    four_answers,
-    loss_by_loop,
-    perturb,
-    plain_logps,
-    questions,
-    random_,
-    straightforward_step,
-    tiny_qwen,
-    uncut,
-)
+from test_tars import cos, four_answers, four_questions, perturb, plain_logps, random_, tiny_qwen, uncut
 
 
 def exercise(grader):
@@ -131,7 +120,7 @@ def test_exercise_03_token_weights_and_grpo_loss():
     compare(loss(2.0, 1.0, 0.3, 0.4), -1.4, "grpo_loss with eps_high 0.4", {
         "eps_low and eps_high are arguments: you use 0.2 and 0.28 whatever they are": -1.28})
     logps, old, advantages = random_(2, 4).requires_grad_(), random_(2, 4, seed=1), random_(2, seed=2)
-    value, gradient = loss_by_loop(logps, old, advantages, mask, 0.2, 0.28)
+    value, gradient = test_tars.loss_by_loop(logps, old, advantages, mask, 0.2, 0.28)
     given = tars.grpo_loss(logps, old, advantages, mask / 5)
     compare(given, value, "grpo_loss of two answers", {
         "the weights sum to 1 over all tokens: the loss is the weighted sum, not its mean": value / 8})
@@ -266,8 +255,8 @@ def test_exercise_09_paired_rows():
 
 
 @exercise
-def test_exercise_10_train_step(questions, monkeypatch):  # noqa: F811
-    lm = SpeechLM(Qwen25Omni, *tiny_qwen())
+def test_exercise_10_train_step(monkeypatch):
+    lm, questions = SpeechLM(Qwen25Omni, *tiny_qwen()), four_questions()
     perturb(lm)
     parameters, answers = [p for p in lm.decoder.parameters() if p.requires_grad], four_answers(lm)
     for tensor in answers:  # the right written answer is the second, the first, the second, the first
@@ -286,7 +275,7 @@ def test_exercise_10_train_step(questions, monkeypatch):  # noqa: F811
     def graded(condition, **settings):
         """One step with some settings against the straightforward one, stage by stage."""
         drawn.clear()
-        optimizer = Recorder(parameters, 0.0)  # the rate is 0: the weights stay as they are
+        optimizer = test_tars.Recorder(parameters, 0.0)  # the rate is 0: the weights stay as they are
         cfg = Config(**{"group_size": 4, "max_new_tokens": 40, "max_grad_norm": 1e9} | settings)
         _, group = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, generator)
         asked = given["samples"], given["max_new_tokens"], given["temperature"], given.get("generator")
@@ -296,7 +285,7 @@ def test_exercise_10_train_step(questions, monkeypatch):  # noqa: F811
                 "stage 3: references are correct written answers that are not cut; the drawn index")
 
         def wanted(cut=cut, **other):
-            gradient, terms = straightforward_step(lm, questions, answers, cut, drawn[0],
+            gradient, terms = test_tars.straightforward_step(lm, questions, answers, cut, drawn[0],
                                                    Config(**settings | other), parameters)
             return torch.cat([g.flatten() for g in gradient]), terms
 
@@ -328,20 +317,20 @@ def test_exercise_10_train_step(questions, monkeypatch):  # noqa: F811
 
 
 def baseline_case():
-    """A tiny model with LoRA, correct written answers to two questions, and wrong spoken ones: ids [C] each."""
+    """A tiny model with LoRA, questions, and to two of them a right written and a wrong spoken answer, ids [C]."""
     lm = SpeechLM(Qwen25Omni, *tiny_qwen())
     perturb(lm)
     ids, mask = four_answers(lm)  # [4, M, 2, C]
-    return lm, [[ids[b, m, 1][mask[b, m, 1] == 1] for m in (1, 0)] for b in (0, 1)]
+    return lm, four_questions(), [[ids[b, m, 1][mask[b, m, 1] == 1] for m in (1, 0)] for b in (0, 1)]
 
 
 @exercise
-def test_exercise_11_sft(questions, monkeypatch):  # noqa: F811
+def test_exercise_11_sft(monkeypatch):
     logps, mask = torch.tensor([[-1.0, -2.0], [-6.0, -10.0]]), torch.tensor([[1, 1], [1, 0]])
     compare(baselines.sft_loss(logps, mask), 3.0, "sft_loss", {  # (1 + 2 + 6) / 3
         "the likelihood is to rise: the loss is minus the log-likelihood": -3.0, "padding is counted": 4.75,
         "the loss is one mean over all tokens, yours a mean of the answers' means": 3.75})
-    lm, pairs = baseline_case()
+    lm, questions, pairs = baseline_case()
     given = baselines.offline_loss("sft", lm, lm.embed_prompts(questions[:2]), [pair[:1] for pair in pairs])
     spoken, written = (-torch.cat([plain_logps(lm, questions[b], m, pairs[b][0].tolist()) for b in (0, 1)]).mean()
                        for m in (True, False))
@@ -358,13 +347,13 @@ def test_exercise_11_sft(questions, monkeypatch):  # noqa: F811
 
 
 @exercise
-def test_exercise_12_dpo(questions):  # noqa: F811
+def test_exercise_12_dpo():
     values = [torch.tensor([x]) for x in (-10.0, -12.0, -20.0, -15.0)]  # 0.1 * ((-10 + 20) - (-12 + 15)) = 0.7
     compare(baselines.dpo_loss(*values), math.log(1 + math.exp(-0.7)), "dpo_loss", {
         "the chosen answer is to become more likely: yours is the rejected one": math.log(1 + math.exp(0.7)),
         "log-probs count relative to the base model's: yours do not": math.log(1 + math.exp(-0.2)),
         "beta is missing": math.log(1 + math.exp(-7.0))})
-    lm, pairs = baseline_case()
+    lm, questions, pairs = baseline_case()
     given = baselines.offline_loss("dpo", lm, lm.embed_prompts(questions[:2]), pairs, beta=0.3)
 
     def margin(whole, q, pair):  # of a question: chosen minus rejected
