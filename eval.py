@@ -197,10 +197,9 @@ def row_of(name, measured, base_text):
     cells = [accuracy(records, m) for records in measured.values() for m in MODALITIES]
     average = [np.mean([percent for percent, _ in cells[i :: len(MODALITIES)]]) for i in range(len(MODALITIES))]
     told = []
-    for value, digits in ((lambda r: 100 * (r["answer"] is None), 1), (lambda r: 100 * r["cut"], 1),
-                          (lambda r: r["tokens"], 1)):
+    for value in (lambda r: 100 * (r["answer"] is None), lambda r: 100 * r["cut"], lambda r: r["tokens"]):
         both = [[value(r) for some in measured.values() for r in some if r["modality"] == m] for m in MODALITIES]
-        told.append("/".join(f"{np.mean(values):.{digits}f}" if values else "-" for values in both))
+        told.append("/".join(f"{np.mean(values):.1f}" if values else "-" for values in both))
     numbers = [*average, tars.modality_recovery_rate(average[SPEECH], base_text)]
     shown = ["-" if math.isnan(x) else f"{x:.1f}" for x in numbers]
     return [name, *(cell for _, cell in cells), *shown[:-1], *told, shown[-1]]
