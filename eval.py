@@ -6,7 +6,7 @@
   python eval.py --asr                                        # word error rate of the model as a transcriber
   python eval.py --ask clip.wav                               # what the models answer to a clip or a written question
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
-  python eval.py --curves runs/tars runs/grpo --plot curves.png   # rewards, accuracy, MRR over steps
+  python eval.py --curves runs/tars runs/grpo --plot curves.png   # accuracy, length of answers, dense rewards over steps
   python eval.py --compare runs/*                             # runs of several seeds: means, paired differences, wins
   python eval.py --explain                                    # one group worked through, equation by equation
   python eval.py --explain RUN                                # the same with the settings and the adapter of a run
@@ -15,7 +15,7 @@
 Accuracies come with their 95 % Wilson intervals. Answers are greedy; each is kept in --out, one JSON line a question
 and modality, and a run that was stopped continues from there. Another adapter, data set or setting gets another file.
 
-Imports: this file imports tars.py and data_prep.py; nothing imports this file.
+Imports: this file imports tars.py and data_prep.py; no program imports this file.
 """
 
 import argparse
@@ -316,7 +316,7 @@ def curves(args):
               ("rep_speech", "R_rep (cosine)"), ("acc_text", "written accuracy, %"),
               ("length_text", "tokens of a written answer"), ("beh_speech", "R_beh (cosine)"))
     for folder in args.curves:
-        log, _ = read_run(folder)
+        log = read_lines(Path(folder) / "log.jsonl")
         for axis, (key, label) in zip(axes.flat, panels, strict=True):
             scale = 100 if key.startswith("acc") else 1
             drawn = axis.plot([], label=Path(folder).name)[0]  # the same colour in each panel, drawn or not

@@ -8,7 +8,7 @@ code that loads the 7B; a test that takes `lm` runs for both families.
 
   python -m pytest -q                              # all, on two CPU cores, offline, in under five minutes
   python -m pytest -q -k eq5                       # one equation: eq1 ... eq7, loss, step
-  TARS_SLOW=1 python -m pytest -q -s -k speed      # the ratios of README's "Speed"
+  TARS_SLOW=1 python -m pytest -q -s -k speed      # the ratios of docs/speed.md
 """
 
 import ast

@@ -1,7 +1,7 @@
 """SFT and DPO, the baselines of the paper's Table 2. Both imitate: they learn from the model's own sampled answers.
 
   python course/baselines.py sft --model M --seed S --out RUN    # learns its correct written answers
-  python course/baselines.py dpo --model M --seed S --out RUN    # learns to prefer them to its wrong spoken answers
+  python course/baselines.py dpo --lr 0.0005 ...                 # learns to prefer them to its wrong spoken answers
   python course/baselines.py sft --rounds 8 ...                  # samples anew, from the trained model, 8 times
   python course/baselines.py sft --steps 480 ...                 # three times as many questions as the demo's 160 steps
 
@@ -37,7 +37,7 @@ class BaselineConfig(tars.Config):
     """tars.py's settings and two more."""
 
     method: str = setting("sft", "sft or dpo")
-    rounds: int = setting(1, "how often answers are sampled from the model as it is then")
+    rounds: int = setting(1, "rounds of sampling; the first uses the base model")
 
 
 def sft_loss(logps, mask):
@@ -132,7 +132,7 @@ def offline_step(sampler, calls, lm, questions, embedder, extract, optimizer, cf
 
 def main(arguments=None):
     """tars.py's main with another step."""
-    method, *rest = sys.argv[1:] if arguments is None else arguments
+    method, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if method not in ANSWERS or tars.RANKS > 1 or "--resume" in rest and "--rounds" in rest:
         raise SystemExit("baselines.py sft|dpo ...: in one process; --resume is for one round, the sampler is not kept")
     rest = ["--method", method, "--out", f"runs/{method}", "--alpha", "0", "--beta", "0", "--sample-every", "0", *rest]
