@@ -6,7 +6,7 @@
   python eval.py --asr                                        # word error rate of the model as a transcriber
   python eval.py --ask clip.wav                               # what the models answer to a clip or a written question
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
-  python eval.py --curves runs/tars runs/grpo --plot curves.png   # accuracy, length of answers, dense rewards over steps
+  python eval.py --curves runs/tars runs/grpo --plot curves.png   # accuracy, length, dense rewards over steps
   python eval.py --compare runs/*                             # runs of several seeds: means, paired differences, wins
   python eval.py --explain                                    # one group worked through, equation by equation
   python eval.py --explain RUN                                # the same with the settings and the adapter of a run

@@ -106,7 +106,7 @@ class Config:
     lam: float = setting(0.5, "lambda, weight of R_fmt", "Eq. (3)")
     layers: str = setting("all", "layers in R_rep, `all` or such as 11-20", "Eq. (5), Figure 3")
     embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "E, a model, or `ngrams`", "Eq. (6)")
-    extractor: str = setting("regex", "answer extractor", "IAAR-Shanghai/xFinder-qwen1505")
+    extractor: str = setting("regex", "`regex` or xFinder", "IAAR-Shanghai/xFinder-qwen1505")
     aux_device: str = setting("", "device of E and extractor, such as cpu")
     base_text_accuracy: float = setting(0.0, "MRR's denominator in percent; 0: measured", "Eq. (1)")
     joint_norm: bool = setting(False, "one mean over both modalities", "ablation of Eq. (7)")
@@ -144,9 +144,9 @@ class Config:
 # ==== 2. The equations, in the paper's order and notation. No gradient flows through a reward. ====
 def modality_recovery_rate(speech_accuracy, base_text_accuracy):
     """Eq. (1): speech accuracy as a share of the text backbone's accuracy in writing, in percent.
-    The backbone is the text LLM of which the speech LLM was made: 77.70 % for Qwen2.5-Omni in the paper, which
-    itself reaches 76.17 % in writing. Without --base-text-accuracy it is the second, before training; it is
-    never the trained policy's. nan if it is 0.
+    The backbone is the text LLM of which the speech LLM was made. In the paper it has 77.70 % in writing and
+    Qwen2.5-Omni 76.17 %. Without --base-text-accuracy the latter is taken, before training, and never the
+    trained policy's. nan if it is 0.
     MRR = Acc_speech(model) / Acc_text(backbone) * 100 %
     """
     return 100 * speech_accuracy / base_text_accuracy if base_text_accuracy else math.nan
