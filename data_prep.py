@@ -255,7 +255,7 @@ def text_batch(tokenizer, exercises, rng, pauses, worked_out=1.0):
 
 
 class Muon(torch.optim.SGD):
-    """Muon in float32: torch.optim.Muon in bfloat16 is 16 times as slow where the CPU has no bfloat16."""
+    """Muon in float32: torch.optim.Muon computes in bfloat16, which takes many times as long on a CPU without it."""
 
     def step(self):
         """Each matrix moves by its momentum with all singular values near 1; rate and weight decay are SGD's."""
@@ -389,7 +389,7 @@ def train_encoder(lm, rows, words, answers, val, rng, steps, stop_at):
 
 # ==== 4. The demo as a whole ==========================================================================================
 # tars.py's defaults for this model instead of the paper's, saved beside it as tars_config.json. Within a group R_rep
-# and R_beh of these short answers differ by 0.03 (standard deviation), R_acc by 0.3: weights of 10 make them alike.
+# and R_beh of these short answers have a standard deviation of 0.03, and R_acc is 0 or 1: hence weights of 10.
 DEMO_SETTINGS = {
     "data": "../train", "eval_data": "../test", "embedder": "ngrams", "questions_per_step": 16, "max_new_tokens": 26,
     "steps": 160, "lr": 1.6e-3, "alpha": 10.0, "beta": 10.0, "gradient_checkpointing": False, "eval_batch": 64,

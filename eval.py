@@ -170,7 +170,8 @@ def table_1(args, cfg, sets):
         paths += [name] * (name in args.adapter)
         records = {data: cached_records(name, paths, data, questions, len(MODALITIES), answer, args, cfg)
                    for data, questions in sets.items()}
-        base_text = base_text or np.mean([accuracy(some, "text")[0] for some in records.values()])
+        if base_text is None:  # of the base; 0 is a number too
+            base_text = np.mean([accuracy(some, "text")[0] for some in records.values()])
         rows.append(row_of(name, records, base_text))
         if name == "base" and listener:
             name, paths = f"cascade {args.cascade}", [args.model, args.cascade]

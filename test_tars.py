@@ -553,6 +553,7 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     for m, modality in enumerate(tars.MODALITIES):  # -log pi, its mean in each answer, and over the eight answers
         of_answers = [-logps.mean().item() for (_, of, _), logps in terms["logps"].items() if of == m]
         assert metrics[f"entropy_{modality}"] == pytest.approx(np.mean(of_answers), rel=1e-4)
+        assert metrics[f"length_{modality}"] == np.mean([keep.sum() for b in range(4) for keep in answers[1][b, m]])
     assert references.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]  # the right written answer of each group
     assert metrics["acc_speech"] == metrics["acc_text"] == 0.5 and metrics["no_reference"] == 0
     assert metrics["fmt_speech"] == 0.5 and metrics["fmt_text"] == 1.0
@@ -949,10 +950,10 @@ def test_end_to_end_writes_what_it_promises(small_run):
     summary = json.loads((out / "a" / "summary.json").read_text())
     assert summary["n"] == 40
     assert {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
-    lines = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
+    lines = data_prep.read_lines(out / "a" / "log.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert ["eval_speech" in line for line in lines] == [False, True, True]
-    group = json.loads((out / "a" / "samples.jsonl").read_text().splitlines()[0])
+    group = data_prep.read_lines(out / "a" / "samples.jsonl")[0]
     assert len(group["speech"]) == len(group["text"]) == 4
     for m in tars.MODALITIES:
         assert sum(answer["advantage"] for answer in group[m]) == pytest.approx(0, abs=1e-5)
@@ -960,10 +961,8 @@ def test_end_to_end_writes_what_it_promises(small_run):
 
 
 def log_apart_from_times(out):
-    """The lines of a log without what measures the machine."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per_second", "peak_gib"))}
-            for line in lines]
+    """The lines of a log without `seconds`."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in data_prep.read_lines(out / "log.jsonl")]
 
 
 def test_same_seed_same_log_apart_from_times(small_run):
@@ -980,10 +979,15 @@ def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo)
             f"lm = tars.SpeechLM.from_pretrained({str(small_demo / 'model')!r})\n"
             f"evaluation.load_adapter(lm, {str(out / 'a')!r}); cfg = tars.Config(max_new_tokens=26, eval_batch=64)\n"
             f"test = tars.load_questions({str(small_demo / 'test')!r})\n"
-            "print(json.dumps(tars.evaluate(lm, test, tars.extract_answers, cfg)))")
-    accuracy, summary = json.loads(run("-c", code).splitlines()[-1]), json.loads(
-        (out / "a" / "summary.json").read_text())
+            "print(json.dumps(tars.evaluate(lm, test, tars.extract_answers, cfg)))\n"
+            "print(json.dumps(list(tars.answer_greedily(lm, test, tars.extract_answers, cfg))))")
+    accuracy, records = map(json.loads, run("-c", code).splitlines()[-2:])
+    summary = json.loads((out / "a" / "summary.json").read_text())
     assert accuracy == {name: summary[name] for name in ("speech", "text", "length_speech", "length_text")}
+    for m in tars.MODALITIES:
+        own = [r for r in records if r["modality"] == m]
+        assert len(own) == 40 and accuracy[m] == pytest.approx(sum(r["right"] for r in own) / 40)
+        assert accuracy[f"length_{m}"] == pytest.approx(sum(r["tokens"] for r in own) / 40)
     assert accuracy["text"] > 0
 
 
@@ -1170,7 +1174,7 @@ def test_a_run_in_emulated_bfloat16(checkpoint, small_demo, tmp_path, monkeypatc
             "--max-new-tokens", "6"]
     tars.main(["--model", checkpoint, "--out", str(tmp_path / "run"), "--steps", "2", "--questions-per-step", "2",
                "--lr", "0.01", *data])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = data_prep.read_lines(tmp_path / "run" / "log.jsonl")
     assert len(lines) == 2
     assert all(math.isfinite(line[k]) for line in lines for k in ("loss", "rep_speech", "reward_speech"))
     lm = SpeechLM.from_pretrained(checkpoint)
@@ -1257,7 +1261,8 @@ DRINKS = ["beer", "red wine", "tea", "milk"]
      (["vitamin C", "iron", "zinc", "x"], "A", ["The answer is vitamin C."]),
      (["3", "-3", "0", "6"], "B", ["The answer is -3."]), (["4", "14", "24", "40"], None, ["The answer is 24.5."]),
      (["red", "white", "blue", "green"], None, ["The answer is red, white and blue."]),
-     (["red", "red", "blue", "green"], None, ["The answer is red."])])
+     (["C", "B", "A", "D"], None, ["The answer is C."]), (["E", "F", "G", "H"], "B", ["The answer is F."]),
+    (["red", "red", "blue", "green"], None, ["The answer is red."])])
 def test_extract_answer_reads_what_a_careful_person_reads(options, letter, completions):
     for completion in completions:
         assert extract_answer(completion, options) == letter, completion
@@ -1405,7 +1410,7 @@ def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path):
     code = "import sys, tars\ntars.grpo_loss = lambda logps, *rest: logps.sum() * float('nan')\ntars.main(sys.argv[1:])"
     said = run("-c", code, *long_flags(small_demo, tmp_path / "run")[1:], "--steps", 40, fails=True)
     assert "ten steps in a row without a finite loss and gradient" in said
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = data_prep.read_lines(tmp_path / "run" / "log.jsonl")
     assert [line["skipped"] for line in lines] == [1] * 10
 
 
@@ -2103,7 +2108,7 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
     printed = measure(capsys, *command)
     base, tuned = [line.split() for line in printed.splitlines() if line.startswith(("base", str(out)))]
     files = sorted((tmp_path / "eval").iterdir())
-    records = {f.name[: f.name.rfind("-")]: tars_lines(f)[1:] for f in files}
+    records = {f.name[: f.name.rfind("-")]: data_prep.read_lines(f)[1:] for f in files}
     assert set(records) == {"a-test", "a-val", "base-test", "base-val"}
 
     def mean(name, m, value):  # over the records of a modality
@@ -2131,9 +2136,14 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
         speech / 0.8, abs=0.1)
 
 
-def tars_lines(file):
-    """The JSON objects of a file with one a line."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def test_the_denominator_of_mrr_is_the_bases_own_even_if_it_is_zero(monkeypatch, capsys):
+    records = {name: [{"modality": m, "right": right, "answer": "A", "cut": False, "tokens": 3}
+                      for m in tars.MODALITIES] for name, right in (("base", False), ("trained", True))}
+    monkeypatch.setattr(evaluation, "speech_lms", lambda args: ((name, None) for name in records))
+    monkeypatch.setattr(evaluation, "cached_records", lambda name, *rest: records[name])
+    args = SimpleNamespace(model="m", adapter=["trained"], cascade=None, base_text_accuracy=None)
+    evaluation.table_1(args, Config(), {"test": [1]})
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]] == ["-", "-"]  # no rate
 
 
 def test_kept_answers_belong_to_their_questions_and_weights_in_the_datas_order(small_demo, tmp_path):
@@ -2331,6 +2341,12 @@ def test_explain_works_one_group_through_with_the_settings_of_a_run(small_demo, 
     for row in re.findall(r"layer 2 ([\d.]+)  layer 3 ([\d.]+)   mean of 2 layers ([\d.]+)", printed):
         two, three, both = map(float, row)
         assert (two + three) / 2 == pytest.approx(both, abs=0.001)
+    lm, question = SpeechLM.from_pretrained(cfg.model), load_questions(cfg.data)[0]  # the step itself says the same
+    nothing, generator = torch.optim.SGD(attach_lora(lm, 8, 32), lr=0.0), torch.Generator().manual_seed(cfg.seed)
+    _, group = tars.train_step(lm, [question], tars.embed_ngrams, tars.extract_answers, nothing, cfg, generator)
+    for name, (R, _, A) in advantages.items():
+        answer = group["speech" if name[0] == "S" else "text"][int(name[1]) - 1]
+        assert (R, A) == (pytest.approx(answer["reward"], abs=0.001), pytest.approx(answer["advantage"], abs=0.001))
 
 
 def test_random_weights_rehearse_full_length_answers_without_a_download(tmp_path, capsys):
@@ -2372,7 +2388,7 @@ def test_the_sheet_is_the_project_without_the_method(tmp_path):
 def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, capsys, method, flags):
     run(HERE / "course" / "baselines.py", method, *flags, "--model", small_demo / "model", "--out", tmp_path / "run",
         "--steps", 4, "--questions-per-step", 4, "--lr", 0.003, "--eval-every", 2)
-    lines = tars_lines(tmp_path / "run" / "log.jsonl")
+    lines = data_prep.read_lines(tmp_path / "run" / "log.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(line["skipped"] == 0 for line in lines)
     assert lines[0]["loss"] > 0 and (method == "sft" or lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5))
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
