@@ -1444,6 +1444,8 @@ metrics, _ = tars.train_step(lm, batch, tars.embed_ngrams, extract, optimizer, c
 if tars.RANK == 0:
     tensors = {str(i): p.detach() for i, p in enumerate(parameters)} | {"loss": torch.tensor([metrics["loss"]])}
     safetensors.torch.save_file(tensors, out)
+if tars.RANKS > 1:  # without it a process may abort on its way out
+    dist.destroy_process_group()
 """
 
 
