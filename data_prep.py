@@ -24,9 +24,7 @@ import shutil
 import unicodedata
 import wave
 from collections import Counter
-from contextlib import suppress
-from functools import partial
-from itertools import pairwise, product, takewhile
+from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -458,16 +456,11 @@ class Lost(Exception):
         self.reason = reason
 
 
-def is_blank(text):
-    """Whether a person sees nothing in a text: None, or spaces, control and zero-width characters alone."""
-    return all(unicodedata.category(c)[0] in "CZ" for c in text or "")
-
-
 def cell_text(cell, what):
-    """A cell that must hold text, stripped. Raises Lost if it is empty, or holds something else."""
+    """A cell that must hold text, stripped. Raises Lost if it holds something else, or nothing that a person sees."""
     if not isinstance(cell, str | None):
         raise Lost(f"{what} that is no text", repr(cell))
-    if is_blank(cell):
+    if all(unicodedata.category(c)[0] in "CZ" for c in cell or ""):  # spaces, control and zero-width characters
         raise Lost(f"an empty {what}")
     return cell.strip()
 
@@ -495,14 +488,10 @@ def decode_clip(data):
     """
     import soundfile
 
-    # A streaming recorder leaves the size 0 in front of the samples. With the largest one they are read to the end.
-    data = re.sub(rb"^(RIFF....WAVE.{0,4000}?data)\0{4}", rb"\1" + b"\xff" * 4, data, flags=re.DOTALL)
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [T, channels]
     except soundfile.LibsndfileError as error:
         raise Lost("an unreadable clip", error) from error
-    if rate < 4_000 or rate * SAMPLE_RATE > 2e8 * math.gcd(rate, SAMPLE_RATE) ** 2:  # the filter to resample: 800 MB
-        raise Lost("an unreadable clip", f"a rate of {rate} Hz")
     waveform = torch.from_numpy(samples).mean(-1)  # [T]
     if not waveform.isfinite().all():
         raise Lost("a clip with NaN samples")
@@ -589,24 +578,18 @@ def from_mmlu(index, row, args):
 
 def from_csv(index, row, args):
     """A row of one's own table: recorded in the file `wav`, a path relative to the table, or spoken.
-    Where the table has recordings, a row is spoken only if its `wav` is a dash: an empty cell may be a mistake.
+    Where the table has a column wav, a row is spoken only if it holds a dash: an empty cell may be a mistake.
     """
     if row["more"]:
         raise Lost("more cells than columns", row["more"])
     ours = checked(row["question"], [row[letter] for letter in LETTERS], row["answer"], "")
-    clip = recording(row, args)
-    if not clip and args.recorded and row["wav"] != "-":
-        raise Lost("no recording, and no dash that asks for a voice")
-    if not clip:
+    wav = row.get("wav", "-")
+    if wav == "-":
         return spoken_row(ours, index, args)
+    if not wav:
+        raise Lost("no recording, and no dash that asks for a voice")
+    clip = {"bytes": None, "path": str(Path(args.origin).parent / wav)}
     return ours | {"prompt_for_tts": prompt_of(ours), "audio": clean_clip(clip, args.max_seconds)}
-
-
-def recording(row, args):
-    """A row's clip, {"bytes", "path"}: column `audio`, or the file `wav` beside the table. None if it has neither."""
-    if row.get("wav", "-") not in ("", "-"):
-        return {"bytes": None, "path": str(Path(args.origin).parent / row["wav"])}
-    return row.get("audio")
 
 
 def prompt_of(ours):
@@ -809,41 +792,26 @@ SOURCES = {
 }
 
 
-def own_files(source, place):
-    """The parquet or arrow files of a local copy of a repository that belong to the source's configuration and split.
-    A file's name tells its split, test-00000-of-00001.parquet or test.parquet, or its folder's name does.
-    """
-    files = [p for p in sorted(place.rglob("*")) if p.suffix in (".parquet", ".arrow")]
-    files = [p for p in files if source.config in p.parts] or files
-    own = [p for p in files if source.split in (None, re.sub(r"-\d+-of-\d+$", "", p.stem), p.parent.name)]
-    if not own:
-        raise SystemExit(f"{place} has no parquet or arrow file of the split {source.split}: give the file as --origin")
-    return own
-
-
 def read_table(place):
     """The rows of a csv file, all cells as strings: "NA" and "007" stay. `more`: what a row has beyond its columns."""
-    try:
-        text = place.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{place} is no UTF-8: save it as UTF-8") from error
-    told = re.match(r"sep=(.)\n", text)  # Excel's first line
-    table = csv.DictReader(text[told.end() if told else 0 :].splitlines(keepends=True),
-                           delimiter=told[1] if told else ",", restkey="more", restval="")
-    return [row | {"more": " ".join(row.get("more", []))} for row in table]
+    with open(place, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, restkey="more", restval=""))
+    return [row | {"more": " ".join(row.get("more", []))} for row in rows]
 
 
 def open_source(source, origin):
-    """A source's rows as one Dataset, clips undecoded: from the hub, a save_to_disk folder, parquet or arrow files."""
+    """A source's rows as one Dataset, clips undecoded: from the hub, a local copy of its repository
+    (CONFIG/SPLIT-00000-of-00001.parquet), one parquet file, a csv file, or a folder that save_to_disk wrote.
+    """
     place = Path(origin)
     if place.suffix == ".csv":
         rows = datasets.Dataset.from_list(read_table(place))
     elif (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         rows = datasets.load_from_disk(origin)
     elif place.exists():
-        files = [place] if place.is_file() else own_files(source, place)
-        kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
-        rows = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train")
+        own = place / (source.config or "")
+        files = place if place.is_file() else (own if own.exists() else place) / f"**/{source.split or ''}*.parquet"
+        rows = datasets.load_dataset("parquet", data_files=str(files), split="train")
     else:
         rows = datasets.load_dataset(origin, source.config, split=source.split)
     if isinstance(rows, dict):  # several splits, such as one a subject
@@ -875,26 +843,6 @@ COLUMNS = datasets.Features(FEATURES | {
     "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
 })
 SPOKEN = ("mmlu", "csv")
-
-
-def check_disk(rows, count, part, args):
-    """Say how much disk a conversion takes, by 20 of its rows, and end if there is not so much."""
-    seconds = []
-    for row in rows.select(range(0, count, max(1, count // 20))):
-        with suppress(Lost):  # a row that will be left out
-            clip = recording(row, args)
-            seconds.append(len(clean_clip(clip, math.inf)) / SAMPLE_RATE if clip else len(str(row)) / 15)
-    needed = 2 * count * float(np.mean(seconds or [0])) * SAMPLE_RATE * 2 / 2**30  # 16 bits, as clips and as data set
-    free = shutil.disk_usage(part).free / 2**30
-    print(f"{count} rows take about {needed:.2f} GiB of disk, half of it in the end; {free:.2f} GiB are free")
-    if needed > free:
-        raise SystemExit(f"{part.parent} has not so much room: give another --out")
-
-
-def is_whole(part, line):
-    """Whether the clip of a finished row is there in full: somebody or a power cut may have removed it."""
-    clip = part / line.get("clip", "")
-    return "lost" in line or clip.is_file() and clip.stat().st_size == 44 + 2 * round(line["seconds"] * SAMPLE_RATE)
 
 
 def words_of(ours):
@@ -929,12 +877,8 @@ def convert(name, args):
         raise SystemExit(f"{part} is no stopped conversion: move it away, its place is needed")
     settings = {key: getattr(args, key, None) for key in ("max_seconds", "seed", "tries", "tts", "asr")}
     done = resume(part / "rows.jsonl", {"source": name, "rows": rows._fingerprint} | settings)[:count]
-    done = list(takewhile(partial(is_whole, part), done))  # the rest is done again
-    if not done:
-        check_disk(rows, count, part, args)
-    cells = set(rows["wav"]) if "wav" in rows.column_names else set()
-    args.recorded = bool(cells - {"", "-"})
-    if name in SPOKEN and (not args.recorded or "-" in cells) and len(done) < count:
+    asked = name in SPOKEN and "-" in (rows["wav"] if "wav" in rows.column_names else "-")  # for a voice
+    if asked and len(done) < count:
         args.voice, args.listener = Voice(args.tts, DEVICE), Listener(args.asr, DEVICE)
     seen = {words_of(line["row"]) for line in done if "row" in line}
     for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):

@@ -391,32 +391,29 @@ def read_groups(folders):
 def compare_runs(args):
     """Print what each group of settings reached over its seeds, against plain GRPO or else the first group."""
     groups = read_groups(args.compare)
-    plain, rows, bands, written = next(iter(groups)), [], {}, []
-    raw, scores = {}, {}  # {seed: cells}; {settings: {seed: (speech, text, mean of speech over the steps)}}
+    plain, rows = next(iter(groups)), []
+    raw = {}  # {seed: cells of the second table}
     for number, (name, runs) in enumerate(groups.items(), 1):
-        bands[name] = [accuracy_curve(*run, "speech") for run in runs.values()]  # [steps + 1] each
-        written += [accuracy_curve(*run, "text") for run in runs.values()]
-        scores[name] = {seed: (curve[-1], 100 * runs[seed][1]["text"], curve.mean())
-                        for seed, curve in zip(runs, bands[name], strict=True)}
-        means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in zip(*scores[name].values(), strict=True)]
-        rows.append([f"({number}) {name}", str(len(runs)), *means])
-        both = sorted(scores[name].keys() & scores[plain].keys())
-        for k in (0, 2):  # at the end; over all steps
-            values, others = ([scores[group][seed][k] for seed in both] for group in (name, plain))
-            mean, half, wins = paired_difference(values, others)
-            interval = f" [{mean - half:+.1f}, {mean + half:+.1f}]" if len(both) > 1 else ""
-            rows[-1].append("-" if name == plain else f"{mean:+.1f}{interval}, {wins} of {len(both)}")
+        scores = [[100 * summary[m] for _, summary in runs.values()] for m in MODALITIES]
+        rows.append([f"({number}) {name}", str(len(runs)), *(f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in scores)])
+        both = sorted(runs.keys() & groups[plain].keys())
+        values, others = ([100 * groups[group][seed][1]["speech"] for seed in both] for group in (name, plain))
+        mean, half, wins = paired_difference(values, others)
+        interval = f" [{mean - half:+.1f}, {mean + half:+.1f}]" if len(both) > 1 else ""
+        rows[-1].append("-" if name == plain else f"{mean:+.1f}{interval}, {wins} of {len(both)}")
         for seed, (_, summary) in runs.items():
             base = f"{100 * summary['base_speech']:.1f} / {100 * summary['base_text']:.1f}"
             raw.setdefault(seed, [str(seed), base, *["-"] * len(groups)])
-            raw[seed][1 + number] = "{:.1f} / {:.1f}".format(*scores[name][seed][:2])
-    head = ["settings", "n", "speech %", "text %", "mean over steps %", "speech minus (1), wins", "mean, likewise"]
-    print(table(head, rows))
+            raw[seed][1 + number] = f"{100 * summary['speech']:.1f} / {100 * summary['text']:.1f}"
+    print(table(["settings", "n", "speech %", "text %", "speech minus (1), wins"], rows))
     head = ["seed", "base", *(f"({number})" for number in range(1, len(groups) + 1))]
     print("\nspeech / text %\n" + table(head, [raw[seed] for seed in sorted(raw)]))
     if args.plot:
-        bands = {name: np.array(curves) for name, curves in (bands | {"in writing, all runs": written}).items()}
-        bands = {name: (np.arange(c.shape[1]), c.mean(0), c.std(0)) for name, c in bands.items()}
+        curves = {name: [accuracy_curve(*run, "speech") for run in runs.values()] for name, runs in groups.items()}
+        curves["in writing, all runs"] = [accuracy_curve(*run, "text") for runs in groups.values()
+                                          for run in runs.values()]
+        bands = {name: (np.arange(len(lines[0])), np.mean(lines, 0), np.std(lines, 0))
+                 for name, lines in curves.items()}
         draw(bands, "step", "accuracy, %", args.plot)
 
 

@@ -1521,15 +1521,6 @@ def test_main_runs_in_a_thread_with_a_notebooks_stdout_and_tells_what_it_uses(sm
     assert f"{summary['mrr_after']:.1f}" in out.getvalue()
 
 
-def test_run_of_ipython(small_demo, tmp_path):
-    pytest.importorskip("IPython", reason="IPython is not installed; it is needed for this test alone")
-    flags = " ".join(map(str,
-                         ["--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 1,
-                          "--questions-per-step", 2]))
-    run("-m", "IPython", "--no-banner", "--colors=NoColor", "-c", f"%run {HERE / 'tars.py'} {flags}")
-    assert (tmp_path / "run" / "summary.json").exists()
-
-
 # ==== data_prep.py: the demo ==========================================================================================
 def test_demo_sums_are_1210_and_right():
     assert len(SUMS) == len(set(SUMS)) == 1210
@@ -1631,34 +1622,10 @@ def float_wav(samples):
     "data, says",
     [(b"", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
      (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 8_000), "longer than 300 s .301.00 s."),
-     (wav(np.zeros((8000, 1), int), rate=1_000_003), "a rate of 1000003 Hz"),
      (float_wav(np.full(8000, math.nan)), "NaN samples")], ids=lambda x: x if isinstance(x, str) else "clip")
 def test_bad_clips_are_named(data, says):
     with pytest.raises(data_prep.Lost, match=says):
         decode_clip(data)
-
-
-def riff(*chunks):
-    """A WAV file of chunks (name, size, bytes), whose own size is 36, as a streaming recorder leaves it."""
-    body = b"".join(name + size.to_bytes(4, "little") + data for name, size, data in chunks)
-    return b"RIFF" + (36).to_bytes(4, "little") + b"WAVE" + body
-
-
-def test_wav_headers_of_streaming_recorders_are_read():
-    samples, form = tone(1, 16_000)[44:], (b"fmt ", 16, tone(1, 16_000)[20:36])
-    for size in (0, 2**32 - 1, len(samples)):  # a size that was never patched: sound until the end of the file
-        assert len(decode_clip(riff(form, (b"LIST", 3, b"abc\0"), (b"data", size, samples)))) == 16_000
-    with pytest.raises(data_prep.Lost, match="unreadable"):  # a second data chunk: counted, and not cut
-        decode_clip(riff(form, (b"data", 2, b"\0\0"), (b"data", len(samples), samples)))
-
-
-def test_columns_of_other_types_are_read(tmp_path, small_demo):
-    questions = load_questions(small_demo / "val")
-    other = {"answer_index": datasets.Value("int32"), "question": datasets.Value("large_string"),
-             "options": datasets.List(datasets.Value("large_string"), length=4)}
-    questions.cast(datasets.Features(questions.features | other)).save_to_disk(tmp_path / "data")
-    again = load_questions(tmp_path / "data")
-    assert all(again[name] == questions[name] for name in other)
 
 
 def replica(path, rows):
@@ -1767,11 +1734,9 @@ def test_sources_take_their_own_split_and_say_what_is_wrong_with_their_origin(tm
     assert data_prep.open_source(source, str(tmp_path / "hub"))["question"] == ["auxiliary_train?"]
     one = tmp_path / "hub" / "all" / "test-00000-of-00001.parquet"
     assert data_prep.open_source(source, str(one))["question"] == ["test?"]  # a file that is given is taken
-    (tmp_path / "hub" / "all" / "auxiliary_train-00000-of-00001.parquet").unlink()
     replica(tmp_path / "few" / "auxiliary_train.parquet", [{"question": "q", "subject": "s", "choices": list("abcd")}])
     (tmp_path / "out").mkdir()
-    for origin, out, says in (("hub", "new", "no parquet or arrow file of the split auxiliary_train"),
-                              ("few", "new", "lacks answer; it has question, subject, choices"),
+    for origin, out, says in (("few", "new", "lacks answer; it has question, subject, choices"),
                               ("few", "out", "exists already")):
         with pytest.raises(SystemExit, match=says):
             prepare(capsys, "mmlu", "--origin", tmp_path / origin, "--out", tmp_path / out)
@@ -1784,25 +1749,16 @@ def test_columns_that_are_null_at_first_keep_their_type(tmp_path, capsys):
     assert load_questions(tmp_path / "data")["tts_wer"] == [None] * 3 + [0.1] * 2
 
 
-def test_disk_is_measured_before_the_work_starts(tmp_path, capsys, monkeypatch):
-    replica(tmp_path / "hub" / "train.parquet", [ROW | {"question": f"{i}?"} for i in range(40)])
-    monkeypatch.setattr(data_prep.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
-    with pytest.raises(SystemExit, match="not so much room"):  # 40 clips of 1 s, 32 kB each, twice: 2.56 MB
-        prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data")
-    monkeypatch.setattr(data_prep.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
-    assert prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data")["rows out"] == 40
-
-
 TABLE = "question,A,B,C,D,answer,wav\nWho?,NA,007,y,z,C,1.wav\n"
 
 
 @pytest.mark.parametrize(
     "text, lost",
-    [(TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}), ("sep=;\n" + TABLE.replace(",", ";"), {}),
+    [(TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}),
      (TABLE + "When?,w,x,y,z,C,\n", {"no recording, and no dash that asks for a voice": 1}),
      (TABLE + "When?,w,x,y\n,,,,,,\n", {"the answer is none of the options": 2}),
      (TABLE + "When?,w,x,y,z,C,2.wav\n", {"an unreadable clip": 1})],
-    ids=["a comma too many", "Excel's sep", "no recording", "short and blank rows", "no file"])
+    ids=["a comma too many", "no recording", "short and blank rows", "no file"])
 def test_rows_of_a_table_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, monkeypatch, text, lost):
     monkeypatch.setattr(data_prep, "Voice", lambda *args: pytest.fail("no row asks for a voice"))
     (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
@@ -1824,12 +1780,9 @@ def test_tables_with_and_without_recordings_are_spoken_where_they_ask_for_it(tmp
         voice.seeds.clear()
         counts = prepare(capsys, "csv", "--origin", tmp_path / f"{name}.csv", "--out", tmp_path / name)
         assert counts["rows out"] == rows and len(voice.seeds) == readings
-    (tmp_path / "latin.csv").write_text(TABLE.replace("Who?", "Où?"), encoding="cp1252")
-    with pytest.raises(SystemExit, match="save it as UTF-8"):
-        prepare(capsys, "csv", "--origin", tmp_path / "latin.csv", "--out", tmp_path / "data")
 
 
-def test_a_stopped_conversion_goes_on_and_makes_lost_clips_again(tmp_path, capsys, monkeypatch):
+def test_a_stopped_conversion_goes_on(tmp_path, capsys, monkeypatch):
     replica(tmp_path / "hub" / "train.parquet", [ROW | {"question": f"Who is {i}?"} for i in range(4)])
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
@@ -1841,7 +1794,6 @@ def test_a_stopped_conversion_goes_on_and_makes_lost_clips_again(tmp_path, capsy
     with pytest.raises(SystemExit, match="other settings .max_seconds."):
         prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 5)
     part = tmp_path / "data.part"
-    (part / "1.wav").write_bytes(b"")  # a power cut took it
     kept = (part / "0.wav").stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data_prep.shutil, "rmtree", lambda path: None)
@@ -2300,13 +2252,13 @@ def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys
     printed = measure(capsys, "--compare", *reversed(runs), tmp_path / "stopped")
     assert f"{tmp_path}/stopped is left out" in printed
     rows = [re.split(r"  +", line.strip()) for line in printed.splitlines()]
-    # Plain GRPO comes first; it ends at 60 and 50. Over steps 0 to 4: 40, 45, 50, 55, 60 and 40, 40, 40, 45, 50.
-    assert ["(1) alpha 0, beta 0", "2", "55.0 +- 5.0", "95.0 +- 5.0", "46.5 +- 3.5", "-", "-"] in rows
-    # TARS: 80, 60, 100; of seeds 1 and 2 it is ahead by 20 and 10: 15 +- 12.71 * 7.071 / sqrt(2) = 63.55. Over steps 0
-    # to 4: 40, 50, 60, 70, 80 and 40, 50, 60, 60, 60: ahead by 10 and 11, 10.5 +- 12.71 * 0.7071 / sqrt(2) = 6.355.
+    # Plain GRPO comes first; it ends at 60 and 50. TARS ends at 80, 60, 100, and is ahead by 20 and 10 on seeds 1 and
+    # 2: 15 +- 12.71 * 7.071 / sqrt(2) = 63.55.
+    assert ["(1) alpha 0, beta 0", "2", "55.0 +- 5.0", "95.0 +- 5.0", "-"] in rows
     tars_row = next(row for row in rows if row[0].endswith("alpha 1, beta 1"))
-    assert tars_row[1:4] == ["3", "80.0 +- 16.3", "93.3 +- 9.4"]
-    assert tars_row[5:] == ["+15.0 [-48.5, +78.5], 2 of 2", "+10.5 [+4.1, +16.9], 2 of 2"]
+    assert tars_row[1:] == ["3", "80.0 +- 16.3", "93.3 +- 9.4", "+15.0 [-48.5, +78.5], 2 of 2"]
+    curve = evaluation.accuracy_curve(*evaluation.read_run(runs[0]), "speech")  # the base, steps 2 and 4, and between
+    assert curve.tolist() == pytest.approx([40, 45, 50, 55, 60])
     assert any(row[0].endswith(") method sft, rounds 1") for row in rows)  # alpha and beta mean nothing there
     assert ["3", "40.0 / 100.0", "-", "-", "100.0 / 100.0"] in rows
     for folder, content, settings in (("other base", [7], {"lr": 0.5}), ("the same again", [1], {})):

@@ -116,18 +116,18 @@ def offline_step(sampler, calls, lm, questions, embedder, extract, optimizer, cf
     prompts = lm.embed_prompts(questions)  # B lists of M prompts [P, H]
     with lora_weights(lm, sampler):
         answers = offline_answers(cfg.method, lm, questions, prompts, extract, cfg, generator)
-    # 2. The loss of the questions that have their answers, and the update.
+    # 2. The loss of the questions that have their answers, and the update; without any the step is skipped.
     kept = [pair for pair in zip(prompts, answers, strict=True) if pair[1]]
-    metrics = {"left_out": 1 - len(kept) / len(questions), "loss": 0.0, "grad_norm": 0.0, "skipped": not kept}
-    if kept:
-        loss = offline_loss(cfg.method, lm, *zip(*kept, strict=True))
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-        metrics |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": not (loss + grad_norm).isfinite()}
-        if not metrics["skipped"]:
-            optimizer.step()
-        optimizer.zero_grad()
-    return metrics, {}
+    nothing = torch.tensor(math.nan, requires_grad=True)
+    loss = offline_loss(cfg.method, lm, *zip(*kept, strict=True)) if kept else nothing
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    finite = (loss + grad_norm).isfinite().item()
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    left_out = 1 - len(kept) / len(questions)
+    return {"left_out": left_out, "loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": not finite}, {}
 
 
 def main(arguments=None):
