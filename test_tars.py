@@ -12,6 +12,7 @@ code that loads the 7B; a test that takes `lm` runs for both families.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import io
@@ -31,7 +32,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: a name that is not here fails at once
+sys.path.insert(0, str(Path(__file__).with_name("course")))
 
+import baselines
 import datasets
 import numpy as np
 import pytest
@@ -916,19 +919,26 @@ def test_data_order_visits_every_question_once_an_epoch():
 
 
 def run(*command, fails=False):
-    """Run a command of the project; its output if it ends as expected."""
+    """Run a command of the project, with as many threads as here; its output if it ends as expected."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)})
+                          env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(HERE)})
     assert (done.returncode == 1) if fails else (done.returncode == 0), done.stderr[-3000:]
     return done.stderr if fails else done.stdout
+
+
+def here(program, *arguments):
+    """Run a program in this process, which has its imports behind it; what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        program.main([str(x) for x in arguments])
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    # 100 steps teach the LLM the answer's form, not the sums: about one answer in four is right, by luck.
-    run(HERE / "data_prep.py", "demo", "--out", out, "--text-steps", 200, "--speech-steps", 40, "--train-clips", 48,
-        "--val-clips", 8, "--test-clips", 40)
+    # 200 steps teach the LLM the answer's form, not the sums: about one answer in four is right, by luck.
+    here(data_prep, "demo", "--out", out, "--text-steps", 200, "--speech-steps", 40, "--train-clips", 48, "--val-clips",
+         8, "--test-clips", 40)
     return out
 
 
@@ -938,7 +948,7 @@ def small_run(small_demo, tmp_path_factory):
     flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--tokens-per-micro-batch", 900,
              "--eval-every", 2, "--lr", 0.003, "--sample-every", 2, "--gradient-checkpointing")
     printed = run(HERE / "tars.py", *flags, "--out", out / "a")
-    run(HERE / "tars.py", *flags, "--out", out / "b")
+    here(tars, *flags, "--out", out / "b")
     return out, printed
 
 
@@ -1335,16 +1345,14 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 def long_flags(small_demo, out):
     """A run of six steps with a checkpoint after each."""
-    return [str(x)
-            for x in (HERE / "tars.py", "--model", small_demo / "model", "--steps", 6, "--questions-per-step", 2,
-                      "--save-every", 0.001, "--eval-every", 4, "--lr", 0.003, "--sample-every", 3, "--eval-batch", 40,
-                      "--out", out)]
+    return ["--model", str(small_demo / "model"), "--steps", "6", "--questions-per-step", "2", "--save-every", "0.001",
+            "--eval-every", "4", "--lr", "0.003", "--sample-every", "3", "--eval-batch", "40", "--out", str(out)]
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(small_demo, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run(*long_flags(small_demo, out))
+    here(tars, *long_flags(small_demo, out))
     return out
 
 
@@ -1357,7 +1365,8 @@ def same_run(a, b):
 
 
 def start(small_demo, out, *flags):
-    return subprocess.Popen([sys.executable, *long_flags(small_demo, out), *flags], cwd=HERE, stdout=subprocess.DEVNULL,
+    return subprocess.Popen([sys.executable, HERE / "tars.py", *long_flags(small_demo, out), *flags], cwd=HERE,
+                            env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
 
 
@@ -1377,7 +1386,7 @@ def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_
     process.kill()
     process.wait()
     assert not (out / "summary.json").exists()
-    flags = long_flags(small_demo, out)[1:]
+    flags = long_flags(small_demo, out)
     with pytest.raises(SystemExit, match="exists: continue with --resume"):
         tars.main(flags)
     for other, says in ((["--lr", "0.5"], "lr"), (["--data", str(small_demo / "val")], "content of --data"),
@@ -1386,10 +1395,10 @@ def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_
             tars.main([*flags, *other, "--resume"])
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 7, "torn')  # as a line looks that was cut by a power failure
-    run(*long_flags(small_demo, out), "--resume", "--tokens-per-micro-batch", "900", "--save-every", "20", "--data",
-        small_demo / "../demo/train")
+    here(tars, *flags, "--resume", "--tokens-per-micro-batch", 900, "--save-every", 20, "--data",
+         small_demo / "../demo/train")
     same_run(out, uninterrupted)
-    run(*long_flags(small_demo, out), "--resume")  # a finished run is finished
+    here(tars, *flags, "--resume")  # a finished run is finished
     same_run(out, uninterrupted)
 
 
@@ -1397,19 +1406,20 @@ def test_resume_begins_anew_where_there_is_no_checkpoint_and_touches_no_other_fo
     small_demo, uninterrupted, tmp_path):
     (out := tmp_path / "run").mkdir()
     (out / "checkpoint.pt.part").write_bytes(b"killed in the first write")
-    run(*long_flags(small_demo, out), "--resume")
+    here(tars, *long_flags(small_demo, out), "--resume")
     same_run(out, uninterrupted)
     (theirs := tmp_path / "theirs").mkdir()
     (theirs / "config.json").write_text("mine")
     for resume in ([], ["--resume"]):
-        assert "exists" in run(*long_flags(small_demo, theirs), *resume, fails=True)
+        with pytest.raises(SystemExit, match="exists: continue with --resume"):
+            tars.main([*long_flags(small_demo, theirs), *resume])
     assert [(p.name, p.read_text()) for p in theirs.iterdir()] == [("config.json", "mine")]
 
 
-def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path):
-    code = "import sys, tars\ntars.grpo_loss = lambda logps, *rest: logps.sum() * float('nan')\ntars.main(sys.argv[1:])"
-    said = run("-c", code, *long_flags(small_demo, tmp_path / "run")[1:], "--steps", 40, fails=True)
-    assert "ten steps in a row without a finite loss and gradient" in said
+def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "grpo_loss", lambda logps, *rest: logps.sum() * math.nan)
+    with pytest.raises(SystemExit, match="ten steps in a row without a finite loss and gradient"):
+        tars.main([*long_flags(small_demo, tmp_path / "run"), "--steps", "40"])
     lines = data_prep.read_lines(tmp_path / "run" / "log.jsonl")
     assert [line["skipped"] for line in lines] == [1] * 10
 
@@ -1477,13 +1487,12 @@ def test_numbers_are_averaged_over_processes(monkeypatch):
 
 @slow
 def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
-    flags = long_flags(small_demo, tmp_path / "whole")
-    done = torchrun(*flags)
+    done = torchrun(HERE / "tars.py", *long_flags(small_demo, tmp_path / "whole"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("held-out questions") == 1
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               *long_flags(small_demo, out)]
+               HERE / "tars.py", *long_flags(small_demo, out)]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     wait_for_steps(process, out, 3)
@@ -1491,7 +1500,7 @@ def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
                 if f" {process.pid} " in p.read_text().split(")", 1)[1][:20]]
     os.kill(int(children[-1].parent.name), signal.SIGKILL)  # one rank dies: the job ends
     assert process.wait(timeout=120) != 0
-    done = torchrun(*long_flags(small_demo, out), "--resume")
+    done = torchrun(HERE / "tars.py", *long_flags(small_demo, out), "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(out, tmp_path / "whole")
 
@@ -1500,7 +1509,7 @@ def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
 def test_settings_that_would_fail_late_fail_before_the_first_evaluation(small_demo, tmp_path):
     for flags, says in ((["--layers", "3-9"], "--layers 3-9"), (["--layers", "deep"], "--layers deep")):
         with pytest.raises(SystemExit, match=says):
-            tars.main([*long_flags(small_demo, tmp_path / "run")[1:], *flags])
+            tars.main([*long_flags(small_demo, tmp_path / "run"), *flags])
     assert not (tmp_path / "run").exists()
 
 
@@ -2340,8 +2349,8 @@ def test_the_sheet_is_the_project_without_the_method(tmp_path):
 
 @pytest.mark.parametrize("method, flags", [("sft", ["--rounds", "2"]), ("dpo", [])])
 def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, capsys, method, flags):
-    run(HERE / "course" / "baselines.py", method, *flags, "--model", small_demo / "model", "--out", tmp_path / "run",
-        "--steps", 4, "--questions-per-step", 4, "--lr", 0.003, "--eval-every", 2)
+    here(baselines, method, *flags, "--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 4,
+         "--questions-per-step", 4, "--lr", 0.003, "--eval-every", 2)
     lines = data_prep.read_lines(tmp_path / "run" / "log.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(line["skipped"] == 0 for line in lines)
     assert lines[0]["loss"] > 0 and (method == "sft" or lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5))
@@ -2352,9 +2361,6 @@ def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, capsys, 
 
 
 def test_iterated_sft_samples_from_the_model_as_it_is_then(small_demo, monkeypatch):
-    sys.path.insert(0, str(HERE / "course"))
-    import baselines
-
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
     optimizer = torch.optim.SGD(attach_lora(lm, 2, 4), lr=0.0)
     questions, drawn, calls = [load_questions(small_demo / "train")[0]], [], iter(range(9))
