@@ -256,7 +256,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, advantages, weights, eps_low
 
 # ==== 3. One step of the algorithm ====
 def train_step(lm, questions, embedder, extract, optimizer, cfg, generator):
-    """One step of TARS on B questions. Returns the numbers to log, and the first group to read.
+    """One step of TARS on B questions -> numbers to log (step_means, loss, grad_norm, skipped), first_group.
     Tensors of answers are [B, M, G/2, ...]: question, modality (0 speech, 1 text), sample.
     """
     # 1. Embed both prompts of every question. The encoder is frozen: once is enough for a step.
@@ -471,7 +471,7 @@ class SpeechLM:
         is_answer = predictor >= 0  # [b, T]
         # The state before a token predicts it.
         predicts = output.last_hidden_state[is_answer.nonzero()[:, 0], predictor[is_answer]]  # [n, H], n tokens
-        # Logits of 1,024 tokens at a time, and again in backward: never all of them.
+        # Logits of 1,024 tokens at a time, and again in backward.
         logps = [recompute(self._token_logps, h, tokens, temperature, use_reentrant=False)
                  for h, tokens in zip(predicts.split(1024), completion_ids[is_token].split(1024), strict=True)]
         per_token_logps = predicts.new_zeros(is_token.shape, dtype=torch.float32)  # [b, M, G/2, C], 0 at padding
@@ -946,7 +946,7 @@ def step_means(terms, letters, references):
 
 
 def first_group(question, completions, terms, references):
-    """The first group of a step in full. terms: {name: [B, M, G/2]}, references [B, G/2]."""
+    """A step's first group. terms: acc, fmt, base, rep, beh, reward, advantage [B, M, G/2], references [B, G/2]."""
     group = {key: question[key] for key in ("key", "question", "options", "answer_index")}
     said = iter(completions)  # in the order of the loops
     for m, modality in enumerate(MODALITIES):

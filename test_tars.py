@@ -8,7 +8,7 @@ code that loads the 7B; a test that takes `lm` runs for both families.
 
   python -m pytest -q                              # all, on two CPU cores, offline, in under five minutes
   python -m pytest -q -k eq5                       # one equation: eq1 ... eq7, loss, step
-  TARS_SLOW=1 python -m pytest -q -s -k speed      # the ratios of docs/speed.md
+  TARS_SLOW=1 python -m pytest -q -s -k speed      # TARS / GRPO, generate / rollout, in seconds
 """
 
 import ast
@@ -2187,7 +2187,7 @@ def test_the_pages_lines_use_an_adapter_with_transformers_and_peft_alone(small_d
     question = load_questions(small_demo / "test")[0]
     (tmp_path / "clip.wav").write_bytes(question["audio"]["bytes"])
     places = {
-        "Qwen/Qwen2.5-Omni-7B": small_demo / "model", '"runs/tars"': f'"{small_run[0] / "a"}"',
+        "Qwen/Qwen2.5-Omni-7B": small_demo / "model", '"runs/omni"': f'"{small_run[0] / "a"}"',
         "clip.wav": tmp_path / "clip.wav", "runs/merged": tmp_path / "merged",
         "max_new_tokens=1024": "max_new_tokens=26",
         r"Which is heaviest?\n\nOption A: iron\nOption B: gold\nOption C: wood\nOption D: ice": tars.written_question(

@@ -2,7 +2,7 @@
 
   python course/baselines.py sft --model M --seed S --out RUN    # learns its correct written answers
   python course/baselines.py dpo --lr 0.0005 ...                 # learns to prefer them to its wrong spoken answers
-  python course/baselines.py sft --rounds 8 ...                  # samples anew, from the trained model, 8 times
+  python course/baselines.py sft --rounds 4 ...                  # rounds 2 to 4 sample from the trained model
   python course/baselines.py sft --steps 480 ...                 # three times as many questions as the demo's 160 steps
 
 Both learn under the spoken prompt. All but the step is tars.py's: settings and their flags, data order, evaluation,
