@@ -23,11 +23,10 @@ import re
 import shutil
 import unicodedata
 import wave
-from collections import Counter
+from collections import Counter, namedtuple
 from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -441,13 +440,6 @@ def demo(args):
 
 
 # ==== 5. Real questions: one function a source, which converts a row ==================================================
-FEATURES = datasets.Features({
-    "key": datasets.Value("string"), "question": datasets.Value("string"),
-    "options": datasets.List(datasets.Value("string")), "answer_index": datasets.Value("int64"),
-    "prompt_for_tts": datasets.Value("string"), "audio": datasets.Audio(decode=False),
-})
-
-
 class Lost(Exception):
     """A row that is left out. Rows are counted by the reason; what was found is shown with the row's key."""
 
@@ -465,9 +457,10 @@ def cell_text(cell, what):
     return cell.strip()
 
 
-def checked(question, options, answer, prompt):
+def checked(question, options, answer, prompt=""):
     """The text columns of a row. Raises Lost unless it is a question with four options and an answer.
-    answer: an index from 0 to 3, or a letter as people write it: B, b, "B.", "(B)".
+    answer: an index from 0 to 3, or a letter as people write it: B, b, "B.", "(B)". prompt: what was read aloud; else
+    it will be question and options as they are written, blanks as words.
     """
     if not isinstance(options, list) or len(options) != 4:
         raise Lost("other than four options", repr(options))
@@ -478,8 +471,9 @@ def checked(question, options, answer, prompt):
     options = [cell_text(option, "option") for option in options]
     if len(set(options)) < 4:
         raise Lost("two equal options", repr(options))
-    return {"question": cell_text(question, "question"), "options": options, "answer_index": index,
-            "prompt_for_tts": prompt}
+    ours = {"question": cell_text(question, "question"), "options": options, "answer_index": index}
+    aloud = tars.written_question(ours | {"question": without_blanks(ours["question"])})
+    return ours | {"prompt_for_tts": prompt or aloud}
 
 
 def decode_clip(data):
@@ -502,12 +496,9 @@ def decode_clip(data):
 
 def clean_clip(audio, max_seconds):
     """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost if it is unreadable, silent, too short or too long."""
-    if not audio or not (audio["bytes"] or audio["path"]):
-        raise Lost("no clip")
-    try:
-        waveform = decode_clip(audio["bytes"] or Path(audio["path"]).read_bytes())
-    except OSError as error:
-        raise Lost("an unreadable clip", audio["path"]) from error
+    if not audio or not (audio["bytes"] or Path(audio["path"] or "").is_file()):
+        raise Lost("no clip", audio and audio["path"])
+    waveform = decode_clip(audio["bytes"] or Path(audio["path"]).read_bytes())
     if waveform.abs().max() < 1e-3:  # 60 dB below full scale
         raise Lost("a silent clip")
     if len(waveform) > max_seconds * SAMPLE_RATE:
@@ -572,7 +563,7 @@ def without_blanks(question):
 
 def from_mmlu(index, row, args):
     """A row of cais/mmlu, spoken."""
-    ours = checked(row["question"], row["choices"], row["answer"], "")
+    ours = checked(row["question"], row["choices"], row["answer"])
     return spoken_row(ours, index, args) | {"category": row["subject"]}
 
 
@@ -582,24 +573,18 @@ def from_csv(index, row, args):
     """
     if row["more"]:
         raise Lost("more cells than columns", row["more"])
-    ours = checked(row["question"], [row[letter] for letter in LETTERS], row["answer"], "")
+    ours = checked(row["question"], [row[letter] for letter in LETTERS], row["answer"])
     wav = row.get("wav", "-")
     if wav == "-":
         return spoken_row(ours, index, args)
     if not wav:
         raise Lost("no recording, and no dash that asks for a voice")
     clip = {"bytes": None, "path": str(Path(args.origin).parent / wav)}
-    return ours | {"prompt_for_tts": prompt_of(ours), "audio": clean_clip(clip, args.max_seconds)}
-
-
-def prompt_of(ours):
-    """What is read aloud of a row: question and options as they are written, blanks as words."""
-    return tars.written_question(ours | {"question": without_blanks(ours["question"])})
+    return ours | {"audio": clean_clip(clip, args.max_seconds)}
 
 
 def spoken_row(ours, index, args):
     """The row, spoken up to args.tries times: the first clip that passes the paper's filter is kept."""
-    ours["prompt_for_tts"] = prompt_of(ours)
     if len(ours["prompt_for_tts"]) > 2000:
         raise Lost("longer than 2000 characters")
     for attempt in range(args.tries):
@@ -772,23 +757,13 @@ class Listener:
 
 
 # ==== 7. From a source to a data set; a stopped run continues =========================================================
-class Source(NamedTuple):
-    """Where a source's rows are, which columns they must have, and the function that converts one."""
-
-    origin: str
-    config: str | None
-    split: str | None  # None: all splits
-    columns: tuple
-    make_row: callable
-
-
-HEARD = ("audio", "prompt", "reference")
+Source = namedtuple("Source", "origin config split make_row")  # split None: all of them; make_row converts a row
 SOURCES = {
-    "tars": Source("yuantuo666/MMLU_FULL-full_train_hf_format.merged.v1", None, "train", tuple(FEATURES), from_tars),
-    "mmlu": Source("cais/mmlu", "all", "auxiliary_train", ("question", "subject", "choices", "answer"), from_mmlu),
-    "voicebench-mmsu": Source("hlt-lab/voicebench", "mmsu", None, HEARD, from_voicebench),
-    "voicebench-obqa": Source("hlt-lab/voicebench", "openbookqa", "test", HEARD, from_voicebench),
-    "csv": Source("questions.csv", None, None, ("question", *LETTERS, "answer"), from_csv),
+    "tars": Source("yuantuo666/MMLU_FULL-full_train_hf_format.merged.v1", None, "train", from_tars),
+    "mmlu": Source("cais/mmlu", "all", "auxiliary_train", from_mmlu),
+    "voicebench-mmsu": Source("hlt-lab/voicebench", "mmsu", None, from_voicebench),
+    "voicebench-obqa": Source("hlt-lab/voicebench", "openbookqa", "test", from_voicebench),
+    "csv": Source("questions.csv", None, None, from_csv),
 }
 
 
@@ -816,8 +791,6 @@ def open_source(source, origin):
         rows = datasets.load_dataset(origin, source.config, split=source.split)
     if isinstance(rows, dict):  # several splits, such as one a subject
         rows = datasets.concatenate_datasets([rows[source.split]] if source.split in rows else list(rows.values()))
-    if missing := set(source.columns) - set(rows.column_names):
-        raise SystemExit(f"{origin} lacks {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}")
     return rows.cast_column("audio", datasets.Audio(decode=False)) if "audio" in rows.column_names else rows
 
 
@@ -838,9 +811,12 @@ def resume(file, begun):
     return lines
 
 
-COLUMNS = datasets.Features(FEATURES | {
-    "seconds": datasets.Value("float64"), "tts_wer": datasets.Value("float64"), "category": datasets.Value("string"),
+COLUMNS = datasets.Features({
+    "key": datasets.Value("string"), "question": datasets.Value("string"),
+    "options": datasets.List(datasets.Value("string")), "answer_index": datasets.Value("int64"),
+    "prompt_for_tts": datasets.Value("string"),
     "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+    "seconds": datasets.Value("float64"), "tts_wer": datasets.Value("float64"), "category": datasets.Value("string"),
 })
 SPOKEN = ("mmlu", "csv")
 

@@ -8,12 +8,12 @@
   python eval.py --layers --plot layers.png                   # Figure 2: cosine of spoken and written states per layer
   python eval.py --curves runs/tars runs/grpo --plot curves.png   # accuracy, length, dense rewards over steps
   python eval.py --compare runs/*                             # runs of several seeds: means, paired differences, wins
-  python eval.py --explain                                    # one group worked through, equation by equation
-  python eval.py --explain RUN                                # the same with the settings and the adapter of a run
+  python eval.py --explain [RUN]                              # one group worked through, equation by equation
   python eval.py --random-weights Qwen/Qwen2.5-Omni-7B        # two steps on noise: seconds and memory, no download
 
 Accuracies come with their 95 % Wilson intervals. Answers are greedy; each is kept in --out, one JSON line a question
 and modality, and a run that was stopped continues from there. Another adapter, data set or setting gets another file.
+Flags of tars.py work too: --extractor, --max-new-tokens, --eval-batch, --base-text-accuracy; --group-size on noise.
 
 Imports: this file imports tars.py and data_prep.py; no program imports this file.
 """
@@ -21,12 +21,10 @@ Imports: this file imports tars.py and data_prep.py; no program imports this fil
 import argparse
 import json
 import math
-import os
 import re
 import textwrap
 import time
 import zlib
-from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -110,19 +108,13 @@ def speech_lms(args):
 
 
 def fingerprint(path):
-    """What tells the files of a model or an adapter from others: a checksum of names, sizes, first and last MiB of
-    each; on the hub the commit. Nothing is loaded for it.
+    """What tells the files of a model or an adapter from others: their names, sizes and times of change; on the hub
+    the commit. Nothing is loaded for it.
     """
     if not Path(path).is_dir():
         return Path(cached_file(path, "config.json")).parent.name
-    total = 0
-    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
-        for file in sorted(Path(path).glob(pattern)):
-            with open(file, "rb") as content:
-                head, size = content.read(2**20), file.stat().st_size
-                content.seek(max(0, size - 2**20))
-                total = zlib.crc32(f"{file.name} {size}".encode() + head + content.read(), total)
-    return total
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".safetensors"))
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
 def cached_records(name, paths, data, questions, each, answer, args, cfg):
@@ -164,7 +156,7 @@ def cascade(lm, listener, questions, extract, cfg):
 def table_1(args, cfg, sets):
     """Print Table 1: one row a model, two columns a data set, averages, unparsed and cut answers, length, MRR."""
     extract, listener = tars.load_extractor(cfg), Listener(args.cascade, DEVICE) if args.cascade else None
-    rows, base_text = [], args.base_text_accuracy
+    rows, base_text = [], cfg.base_text_accuracy or None
     for name, lm in speech_lms(args):
         paths, answer = [args.model], partial(tars.answer_greedily, lm, extract=extract, cfg=cfg)
         paths += [name] * (name in args.adapter)
@@ -240,9 +232,7 @@ def transcript(output):
 
 def ask(args, cfg):
     """Print what the base model and each adapter answer to a clip, or to a written question, with its options."""
-    spoken = os.path.isfile(args.ask)
-    if not spoken and re.search(r"\.(wav|mp3|flac|ogg|m4a)$", args.ask, re.IGNORECASE):
-        raise SystemExit(f"--ask {args.ask}: there is no such file")
+    spoken = re.search(r"\.(wav|mp3|flac|ogg|opus|aiff?)$", args.ask, re.IGNORECASE)
     clip = wav_bytes(decode_clip(Path(args.ask).read_bytes())) if spoken else None
     for name, lm in speech_lms(args):
         asked = {"key": args.ask, "audio": {"bytes": clip}}
@@ -342,8 +332,6 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.
 def paired_difference(values, others):
     """Two lists of n numbers, paired -> mean difference, half of its 95 % interval (nan if n is 0 or 1), wins."""
     d = np.array(values) - np.array(others)
-    if len(d) == 0:
-        return math.nan, math.nan, 0
     t = STUDENT[len(d) - 2] if len(d) < 16 else 2.1
     half = t * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
     return d.mean(), half, int((d > 0).sum())
@@ -367,15 +355,14 @@ def read_groups(folders):
         if not (Path(folder) / "summary.json").exists():
             print(f"{folder} is left out: it is no finished run")
             continue
-        runs.append((folder, json.loads((Path(folder) / "config.json").read_text()), *read_run(folder)))
+        cfg, summary = (json.loads((Path(folder) / name).read_text()) for name in ("config.json", "summary.json"))
+        runs.append((folder, cfg, read_lines(Path(folder) / "log.jsonl"), summary))
     runs.sort(key=lambda run: bool(run[1]["alpha"] or run[1]["beta"] or "method" in run[1]))
-    usual = asdict(Config())  # a name or a switch is shown only where it is unusual
-    names = [name for name in usual | {"method": "", "rounds": 1} if name not in tars.FREE | {"seed", "model"}]
-    names = [name for name in names if len({run[1].get(name) for run in runs}) > 1]
+    names = [name for name in dict.fromkeys(name for run in runs for name in run[1])
+             if name not in tars.FREE | {"seed", "model"} and len({run[1].get(name) for run in runs}) > 1]
     for folder, cfg, log, summary in runs:
         hidden = {"alpha", "beta"} if "method" in cfg else {}  # a baseline of course/ has no rewards
-        shown = [f"{name} {cfg[name]:g}" if isinstance(cfg[name], float) else f"{name} {cfg[name]}" for name in names
-                 if name in cfg.keys() - hidden and (type(cfg[name]) in (int, float) or cfg[name] != usual.get(name))]
+        shown = [f"{name} {cfg[name]}".removesuffix(".0") for name in names if name in cfg.keys() - hidden]
         group, seed = groups.setdefault(", ".join(shown) or "default", {}), cfg["seed"]
         content, steps = (cfg["model"], summary["content"]), log[-1]["step"]
         fits = content == first.setdefault(seed, content) and steps == first.setdefault("steps", steps)
@@ -417,17 +404,11 @@ def compare_runs(args):
         draw(bands, "step", "accuracy, %", args.plot)
 
 
-def read_run(run):
-    """The lines of a finished run's log, and its summary."""
-    return read_lines(Path(run) / "log.jsonl"), json.loads((Path(run) / "summary.json").read_text())
-
-
 # ==== 6. --explain: one group worked through, equation by equation ====================================================
-def explain(args):
+def explain(args, cfg):
     """train_step on the first question, each equation with its numbers, within 100 columns.
     Settings, and the adapter once it is saved, are those of the run args.explain; without one, those of args.model.
     """
-    cfg = settings_of(args.explain) if args.explain else tars.parse_config(["--model", args.model])
     lm, question = SpeechLM.from_pretrained(cfg.model), tars.load_questions(cfg.data)[0]
     trained = args.explain and (Path(args.explain) / "adapter_config.json").exists()
     if trained:
@@ -445,8 +426,7 @@ def explain(args):
     rep, beh = torch.zeros_like(base), torch.zeros_like(base)
     weights = tars.layer_weights(cfg.layers, states.shape[-2]).to(lm.device)  # [L]
     y_star = tars.reference_features(states[:, TEXT], references)  # [1, G/2, L, H]
-    if cfg.alpha:
-        rep[:, SPEECH] = tars.representation_reward(states[:, SPEECH], y_star, weights)
+    rep[:, SPEECH] = tars.representation_reward(states[:, SPEECH], y_star, weights)
     if cfg.beta:
         sentences = tars.load_embedder(cfg)(completions).to(lm.device).unflatten(0, base.shape)  # [1, M, G/2, D]
         of_y_star = tars.reference_features(sentences[:, TEXT], references)  # [1, G/2, D]
@@ -469,13 +449,12 @@ def explain(args):
           for name, _, letter, a, f, b, *_ in rows])
     show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
          ["  " + "   ".join(f"{name} -> {reference}" for name, reference in zip(answers[:half], of, strict=True))])
-    if cfg.alpha:
-        near = F.cosine_similarity(states[:, SPEECH], y_star, dim=-1)[0]  # [G/2, L]
-        used = weights.nonzero()[:, 0].tolist()
-        shown = sorted({used[0], used[len(used) // 2], used[-1]})
-        show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
-             [f"  {name}  cos with {of[s]}:  " + "  ".join(f"layer {layer + 1} {near[s, layer]:.3f}" for layer in shown)
-              + f"   mean of {len(used)} layers {rows[s][6]:.3f}" for s, name in enumerate(answers[:half])])
+    near = F.cosine_similarity(states[:, SPEECH], y_star, dim=-1)[0]  # [G/2, L]
+    used = weights.nonzero()[:, 0].tolist()
+    shown = sorted({used[0], used[len(used) // 2], used[-1]})
+    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
+         [f"  {name}  cos with {of[s]}:  " + "  ".join(f"layer {layer + 1} {near[s, layer]:.3f}" for layer in shown)
+          + f"   mean of {len(used)} layers {rows[s][6]:.3f}" for s, name in enumerate(answers[:half])])
     if cfg.beta:
         show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
              [f"  {name}  cos with {of[s]}: {rows[s][7]:.3f}" for s, name in enumerate(answers[:half])])
@@ -503,12 +482,6 @@ def explain(args):
 def show(title, function, rows):
     """A block of --explain: a title, the function of tars.py that it is about, lines cut at 100 columns."""
     print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
-
-
-def settings_of(folder):
-    """tars.py's settings of a run, from its config.json."""
-    settings = json.loads((Path(folder) / "config.json").read_text())
-    return Config(**{field.name: settings[field.name] for field in fields(Config)})
 
 
 # ==== 7. --random-weights: does a run fit the GPU? ====================================================================
@@ -543,11 +516,9 @@ def with_random_weights(path):
     if Path(path).is_dir():
         family = tars.family_of(path)
         config = family.model_class.config_class.from_pretrained(path)
-    elif path in HUB_SETTINGS:
+    else:
         family, settings = HUB_SETTINGS[path]
         config = family.model_class.config_class(**settings)
-    else:
-        raise SystemExit(f"--random-weights {path}: give {', '.join(HUB_SETTINGS)}, or a directory with a config.json")
     sizes = {"feature_size": config.audio_config.num_mel_bins, "chunk_length": 300} if family is tars.Qwen25Omni else {}
     with torch.device(DEVICE):
         model = family.model_class._from_config(config, dtype=torch.bfloat16 if BFLOAT16 else torch.float32)
@@ -574,13 +545,10 @@ def clock():
     return time.perf_counter()
 
 
-def random_weights(args):
+def random_weights(args, cfg):
     """Two training steps on noise, to see seconds a phase and peak memory. Answers are cut, or end by chance.
     Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
     """
-    given = ("questions_per_step", "group_size", "max_new_tokens", "tokens_per_micro_batch")
-    given = {name: value for name in given if (value := getattr(args, name)) is not None}
-    cfg = Config(model=args.random_weights, **given)
     lm, seconds = with_random_weights(cfg.model), args.audio_seconds
     if args.mean_tokens:  # one token in so many ends an answer: the distribution over tokens is nearly uniform
         lm.eos_ids = torch.arange(0, lm.model.lm_head.out_features, args.mean_tokens, device=lm.device)
@@ -590,9 +558,6 @@ def random_weights(args):
     questions = [{"key": f"noise-{i}", "question": "word " * int(340 / 73 / 5 * seconds), "options": list(LETTERS),
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
     optimizer, generator = tars.make_trainable(lm, cfg), torch.Generator(lm.device).manual_seed(cfg.seed)
-    length = f"at most {cfg.max_new_tokens} tokens" + (f", {args.mean_tokens} on average" if args.mean_tokens else "")
-    print(f"{len(lm.decoder.layers)} layers: {len(questions)} questions, clips of {seconds:g} s, {cfg.group_size} "
-          f"answers of {length}")
     methods = {"embed": "embed_prompts", "rollout": "rollout", "forward": "score"}
     print("".join(f"{name:>15}" for name in ("step", *methods, "backward, rest", "total s", "tokens/s", "peak GiB")))
     plain = {name: getattr(lm, name) for name in methods.values()}
@@ -619,10 +584,6 @@ def main(arguments=None):
     add_list("--data", help="data sets [the model's own]")
     add("--limit", type=int, help="only the first so many questions of each data set [all]")
     add("--out", default="runs/eval", help="where every answer is kept [runs/eval]")
-    add("--extractor", default="regex", help="answer extractor, `regex` or an xFinder model [regex]")
-    add("--max-new-tokens", type=int, help="longest completion [the model's own, else 1024]")
-    add("--eval-batch", type=int, help="questions per batch [the model's own, else 32]")
-    add("--base-text-accuracy", type=float, help="MRR's denominator in percent [measured, of the base]")
     add("--cascade", help="a Whisper model that transcribes the clips for the base model's text branch")
     parser.add_argument("--asr", action="store_true", help="measure the model as a transcriber")
     parser.add_argument("--layers", action="store_true", help="Figure 2")
@@ -634,25 +595,24 @@ def main(arguments=None):
     add("--random-weights", help="two training steps of this architecture on noise: seconds a phase, peak memory")
     add("--audio-seconds", type=float, default=60.0, help="with --random-weights: length of its clips [60]")
     add("--mean-tokens", type=int, help="with --random-weights: an answer's mean length [all are cut]")
-    add("--questions-per-step", type=int, help="with --random-weights: B [8]")
-    add("--group-size", type=int, help="with --random-weights: G [8]")
-    add("--tokens-per-micro-batch", type=int, help="with --random-weights: as in tars.py [16384]")
-    args = parser.parse_args(arguments)
-    for chosen, command in ((args.random_weights, random_weights), (args.compare, compare_runs), (args.curves, curves),
-                            (args.explain, explain)):
-        if chosen:
-            return command(args)
-    if args.model == Config.model and not Path(args.model).exists():  # an untrained demo is not worth measuring
-        raise SystemExit(f"{args.model} does not exist: run `python tars.py` first, or give --model")
-    if args.explain is not None:
-        return explain(args)
-    own = [f"--{flag}={value}" for flag in ("model", "extractor", "max_new_tokens", "eval_batch")
-           if (value := getattr(args, flag)) is not None]
-    cfg = tars.parse_config(own)
+    args, settings = parser.parse_known_args(arguments)  # what eval.py does not know is tars.py's
+    if settings and (args.compare or args.curves or args.explain):
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    if args.compare or args.curves:
+        return compare_runs(args) if args.compare else curves(args)
+    name = args.random_weights or args.model
+    if name == Config.model and not (args.explain or Path(name).exists()):  # an untrained demo is not worth measuring
+        raise SystemExit(f"{name} does not exist: run `python tars.py` first, or give --model")
+    if args.explain:  # the settings of that run
+        cfg = Config(**json.loads((Path(args.explain) / "config.json").read_text()))
+    else:
+        cfg = tars.parse_config(["--model", name, *settings])
     if args.adapter is None:
         args.adapter = ["runs/tars"] if args.model == Config.model else []
-    if args.ask:
-        return ask(args, cfg)
+    for chosen, command in ((args.random_weights, random_weights), (args.explain is not None, explain),
+                            (args.ask, ask)):
+        if chosen:
+            return command(args, cfg)
     sets, paths = {}, {Path(path).resolve(): path for path in args.data or [cfg.eval_data]}  # each once
     names = [path.name for path in paths]
     for path, shown in paths.items():
