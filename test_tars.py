@@ -25,9 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import wave
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,17 +47,7 @@ import data_prep
 import eval as evaluation
 import tars
 from data_prep import decode_clip
-from tars import (
-    Config,
-    LoRALinear,
-    Phi4Multimodal,
-    Qwen25Omni,
-    SpeechLM,
-    attach_lora,
-    extract_answer,
-    load_questions,
-    pick_references,
-)
+from tars import Config, LoRALinear, Phi4Multimodal, Qwen25Omni, SpeechLM, attach_lora, load_questions, pick_references
 
 HERE = Path(__file__).parent
 slow = pytest.mark.skipif("TARS_SLOW" not in os.environ, reason="takes minutes: TARS_SLOW=1 python -m pytest runs it")
@@ -94,16 +82,13 @@ def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
     assert tars.parse_config(["--model", str(tmp_path), "--questions_per_step", "4"]).questions_per_step == 4
 
 
-@pytest.mark.parametrize(
-    "settings, says",
-    [({"group_size": 5}, "group_size 5"), ({"group_size": 2}, "group_size 2"), ({"lr": -1e-5}, "lr -1e-05"),
-     ({"alpha": math.nan}, "alpha nan"), ({"beta": math.inf}, "beta inf"), ({"steps": -1}, "steps -1"),
-     ({"questions_per_step": 7}, "questions_per_step 7")], ids=str)
-def test_numbers_that_would_train_on_silently_are_refused(settings, says, monkeypatch):
+def test_numbers_that_would_train_on_silently_are_refused(monkeypatch):
     monkeypatch.setattr(tars, "RANKS", 2)  # of processes
-    with pytest.raises(SystemExit, match=says):
-        Config(**settings)
     Config(questions_per_step=6, group_size=6, steps=0, beta=0.0)
+    for name, value in (("group_size", 5), ("group_size", 2), ("lr", -1e-5), ("alpha", math.nan), ("beta", math.inf),
+                        ("steps", -1), ("questions_per_step", 7)):
+        with pytest.raises(SystemExit, match=f"{name} {value}"):
+            Config(**{name: value})
 
 
 # ==== 2. The equations ================================================================================================
@@ -167,11 +152,10 @@ def test_eq5_representation_reward_by_hand_and_by_loop():
     speech, text = random_(2, 3, 5, 7), random_(2, 3, 5, 7, seed=1)  # [B, G/2, L, H]
     reward, middle = tars.representation_reward(speech, text), tars.representation_reward(
         speech, text, tars.layer_weights("2-4", 5).double())
-    for b in range(2):
-        for s in range(3):
-            cosines = [cos(speech[b, s, layer], text[b, s, layer]) for layer in range(5)]
-            assert reward[b, s].item() == pytest.approx(sum(cosines) / 5)
-            assert middle[b, s].item() == pytest.approx(sum(cosines[1:4]) / 3)
+    for b, s in itertools.product(range(2), range(3)):
+        cosines = [cos(speech[b, s, layer], text[b, s, layer]) for layer in range(5)]
+        assert reward[b, s].item() == pytest.approx(sum(cosines) / 5)
+        assert middle[b, s].item() == pytest.approx(sum(cosines[1:4]) / 3)
 
 
 def test_eq5_layer_bands():
@@ -209,11 +193,6 @@ def test_reference_features_are_the_drawn_written_answers_and_zero_without_one()
         assert torch.equal(chosen[0, s], text[0, references[0, s]])
         assert reward[0, s].item() == pytest.approx(cos(speech[0, s], text[0, references[0, s]]))
         assert reward[1, s].item() == 0.0
-    speech, text = random_(2, 3, 4, 5), random_(2, 3, 4, 5, seed=1)  # [B, G/2, L, H]
-    reward = tars.representation_reward(speech, tars.reference_features(text, references))
-    assert reward[0, 1].item() == pytest.approx(sum(cos(speech[0, 1, layer], text[0, 0, layer])
-                                                    for layer in range(4)) / 4)
-    assert (reward[1] == 0).all()
 
 
 def test_eq7_advantages_by_hand_and_by_loop():
@@ -222,14 +201,10 @@ def test_eq7_advantages_by_hand_and_by_loop():
     assert tars.modality_advantages(rewards).tolist() == [[[-1.0, 1.0], [0.0, 0.0]]]
     assert tars.modality_advantages(rewards, joint=True).tolist() == [[[-2.0, 0.0], [1.0, 1.0]]]
     rewards = random_(3, 2, 4)
-    for joint in (False, True):
-        advantages = tars.modality_advantages(rewards, joint)
-        for b in range(3):
-            for m in range(2):
-                group = rewards[b].flatten().tolist() if joint else rewards[b, m].tolist()
-                for s in range(4):
-                    assert advantages[b, m, s].item() == pytest.approx(
-                        rewards[b, m, s].item() - sum(group) / len(group))
+    for joint, b, m, s in itertools.product((False, True), range(3), range(2), range(4)):
+        group = rewards[b].flatten().tolist() if joint else rewards[b, m].tolist()
+        advantage = tars.modality_advantages(rewards, joint)[b, m, s].item()
+        assert advantage == pytest.approx(rewards[b, m, s].item() - sum(group) / len(group))
 
 
 def uncut(mask):
@@ -245,22 +220,15 @@ def test_loss_weights_by_hand():
     assert tars.token_weights(mask, torch.tensor([True, True])).sum() == 0  # and no division by zero
 
 
-def test_loss_weights_count_the_tokens_of_all_processes(monkeypatch):
-    monkeypatch.setattr(tars, "sum_over_ranks", lambda x: x + 6)  # the other process has six tokens: 4 + 6
-    assert tars.token_weights(torch.ones(2, 2), uncut(torch.ones(2, 2))).flatten().tolist() == pytest.approx([0.1] * 4)
-
-
 def loss_by_loop(logps, old, advantages, mask, low, high):
     """The surrogate and its gradient, one token at a time, in plain Python."""
     n, total, gradient = int(mask.sum()), 0.0, [[0.0] * mask.shape[1] for _ in mask]
-    for i in range(len(mask)):
-        for t in range(mask.shape[1]):
-            if mask[i, t]:
-                ratio, A = math.exp(logps[i, t].item() - old[i, t].item()), advantages[i].item()
-                clipped = min(max(ratio, 1 - low), 1 + high)
-                total += min(ratio * A, clipped * A)
-                if ratio * A <= clipped * A:  # the unclipped branch is the smaller: d(ratio A)/d logp = ratio A
-                    gradient[i][t] = -ratio * A / n
+    for i, t in mask.nonzero().tolist():
+        ratio, A = math.exp(logps[i, t].item() - old[i, t].item()), advantages[i].item()
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        total += min(ratio * A, clipped * A)
+        if ratio * A <= clipped * A:  # the unclipped branch is the smaller: d(ratio A)/d logp = ratio A
+            gradient[i][t] = -ratio * A / n
     return -total / n, gradient
 
 
@@ -286,15 +254,6 @@ def test_loss_is_zero_on_policy_but_its_gradient_is_not():
     loss.backward()
     assert loss.item() == pytest.approx(0)
     assert logps.grad.tolist() == [pytest.approx([-0.5 / 6] * 3), pytest.approx([0.5 / 6] * 3)]
-
-
-def test_loss_of_parts_adds_up_and_nothing_to_learn_is_zero():
-    logps, old, advantages, mask = random_(4, 3), random_(4, 3, seed=1), random_(4, seed=2), torch.tensor(
-        [[1, 1, 0]] * 4).double()
-    weights = tars.token_weights(mask, uncut(mask))
-    parts = [tars.grpo_loss(*(t[i : i + 2] for t in (logps, old, advantages, weights))) for i in (0, 2)]
-    assert sum(parts).item() == pytest.approx(tars.grpo_loss(logps, old, advantages, weights).item())
-    assert tars.grpo_loss(logps, old, advantages, torch.zeros(4, 3)).item() == 0.0
 
 
 # ==== A tiny model of each family, four spoken questions, their answers, and a plain forward ==========================
@@ -332,14 +291,11 @@ def tiny_phi():
 
 def save_speech_lora(model, path):
     """A random speech-lora beside a Phi checkpoint, as on the hub: r 4, alpha 8."""
-    generator = torch.Generator().manual_seed(5)
-    tensors = {}
+    tensors, generator = {}, torch.Generator().manual_seed(5)
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.startswith("model.layers."):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = 0.1 * torch.randn(
-                4, layer.in_features, generator=generator)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn(
-                layer.out_features, 4, generator=generator)
+            for matrix, size in (("lora_A", (4, layer.in_features)), ("lora_B", (layer.out_features, 4))):
+                tensors[f"base_model.model.{name}.{matrix}.weight"] = 0.1 * torch.randn(size, generator=generator)
     (path / "speech-lora").mkdir()
     save_file(tensors, path / "speech-lora" / "adapter_model.safetensors")
     (path / "speech-lora" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
@@ -382,22 +338,14 @@ def four_answers(lm):
         right, wrong = (data_prep.worked_answer(data_prep.in_steps(SUMS[j]), k % 4)
                         for j, k in ((i, n), ((i + 9) % 1210, n + 1)))
         texts += [right, wrong[7:], wrong, right]
-    rows = [lm.tokenizer(text + lm.family.end_of_turn[0]).input_ids for text in texts]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows]).view(4, 2, 2, width)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]).view(4, 2, 2, width)
-    return ids, mask
+    rows = [torch.tensor(lm.tokenizer(text + lm.family.end_of_turn[0]).input_ids) for text in texts]
+    both = rows, [torch.ones_like(row) for row in rows]
+    return [torch.nn.utils.rnn.pad_sequence(x, batch_first=True).view(4, 2, 2, -1) for x in both]
 
 
 @pytest.fixture
 def answers(lm):
     return four_answers(lm)
-
-
-def placeholders(lm):
-    """The ids that must never be sampled."""
-    names = ["<|audio|>", "<|image|>"] if lm.family is Phi4Multimodal else ["<|AUDIO|>", "<|IMAGE|>", "<|VIDEO|>"]
-    return lm.tokenizer.convert_tokens_to_ids(names)
 
 
 def plain_forward(lm, question, spoken, completion, **kwargs):
@@ -429,7 +377,7 @@ def plain_logps(lm, question, spoken, completion, temperature=1.0):
 def logps_of(lm, P, output, completion, temperature):
     """The same from what plain_forward returned."""
     logits = output.logits[0, P - 1 : -1].clone()  # [C, V]
-    logits[:, placeholders(lm)] = -math.inf
+    logits[:, lm.placeholder_ids] = -math.inf
     return torch.log_softmax(logits / temperature, -1)[range(len(completion)), completion]
 
 
@@ -438,23 +386,13 @@ def forward(lm, questions, ids, mask, temperature=1.0):
     return lm.score(lm.embed_prompts(questions), ids, mask, temperature)
 
 
-def linears(lm):
-    """Linear layers of one transformer layer."""
-    return 4 if lm.family is Phi4Multimodal else 7
-
-
-def recompute_layers(lm):
-    """Gradient checkpointing, as make_trainable does it."""
-    for layer in lm.decoder.layers:
-        layer.forward = functools.partial(tars.recompute, layer.forward, use_reentrant=False)
-
-
-def perturb(lm):
-    """Give LoRA weights as training would."""
+def perturb(parameters):
+    """Give LoRA's parameters values as training would. Returns them."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in attach_lora(lm, 8, 32):
+        for p in parameters:
             p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+    return parameters
 
 
 # ==== 3. One step of the algorithm ====================================================================================
@@ -472,19 +410,20 @@ class Recorder(torch.optim.SGD):
 
 def one_step(lm, questions, answers, truncated, monkeypatch, parameters, lr=1.0, **settings):
     """train_step on given completions; returns metrics, group, references and recorded gradients."""
-    drawn = []
-    generator = torch.Generator().manual_seed(0)
+    asked, drawn, own = [], [], torch.Generator().manual_seed(0)
 
-    def rollout(prompts, samples, max_new_tokens, temperature, g):
-        assert (len(prompts), samples, max_new_tokens, temperature) == (len(questions), 2, 1024, cfg.temperature)
-        assert g is generator
+    def rollout(prompts, samples, max_new_tokens, temperature, generator=None):
+        asked.append((len(prompts), samples, max_new_tokens, temperature, generator))
         return (*answers, truncated)
 
     monkeypatch.setattr(lm, "rollout", rollout)
     monkeypatch.setattr(tars, "pick_references", lambda *args: drawn.append(pick_references(*args)) or drawn[-1])
     optimizer = Recorder(parameters, lr)
     cfg = Config(**{"group_size": 4, "max_grad_norm": 1e9} | settings)
-    metrics, group = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, generator)
+    metrics, group = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, own)
+    if asked != [(len(questions), 2, cfg.max_new_tokens, cfg.temperature, own)]:
+        pytest.fail("stage 2: G/2 samples of each prompt, max_new_tokens, temperature, and the generator",
+                    pytrace=False)
     return metrics, group, drawn[0], optimizer.gradients
 
 
@@ -500,7 +439,7 @@ def straightforward_step(lm, questions, answers, truncated, references, cfg, par
         question, completion = questions[b], ids[b, m, s, : int(mask[b, m, s].sum())].tolist()
         P, output = plain_forward(lm, question, m == 0, completion, output_hidden_states=True)
         text = lm.tokenizer.decode(completion[:-1])
-        terms["acc"][b, m, s] = extract_answer(text, question["options"]) == "ABCD"[question["answer_index"]]
+        terms["acc"][b, m, s] = tars.extract_answer(text, question["options"]) == "ABCD"[question["answer_index"]]
         terms["fmt"][b, m, s] = tars.format_reward(text)
         terms["base"][b, m, s] = terms["acc"][b, m, s] + cfg.lam * terms["fmt"][b, m, s]
         states = [layer[0, P:].mean(0).detach() for layer in output.hidden_states[1:]]
@@ -527,28 +466,23 @@ def straightforward_step(lm, questions, answers, truncated, references, cfg, par
     return torch.autograd.grad(loss, parameters), terms
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"tokens_per_micro_batch": 1}, {"joint_norm": True, "alpha": 0.5}, {"layers": "2-3", "beta": 0.0, "lam": 0.2},
-     {"alpha": 0.0, "beta": 0.0}, {"temperature": 0.7, "eps_low": 0.1, "eps_high": 0.3}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {}, {"tokens_per_micro_batch": 1}, {"joint_norm": True, "alpha": 0.5}, {"layers": "2-3", "beta": 0.0, "lam": 0.2},
+    {"alpha": 0.0, "beta": 0.0}, {"temperature": 0.7, "eps_low": 0.1, "eps_high": 0.3}], ids=str)
 def test_step_gradient_equals_the_straightforward_version(lm, questions, answers, monkeypatch, settings):
-    perturb(lm)
+    parameters = perturb(attach_lora(lm, 8, 32))
     for tensor in answers:  # in questions 1 and 3 the first written answer is the right one
         tensor[[1, 3], 1] = tensor[[1, 3], 1].flip(1)
-    parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
-    truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
+    truncated, cfg = uncut(answers[1]), Config(**settings)
     truncated[1, 0, 1] = truncated[2, 1, 0] = True
     before = [p.detach().clone() for p in parameters]
-    metrics, group, references, (gradient,) = one_step(
+    metrics, _, references, (gradient,) = one_step(
         lm, questions, answers, truncated, monkeypatch, parameters, **settings)
-    after = [p.detach().clone() for p in parameters]
-    for p, b, g, a in zip(parameters, before, gradient, after, strict=True):
-        torch.testing.assert_close(a, b - g)
+    for p, b, g in zip(parameters, before, gradient, strict=True):
+        torch.testing.assert_close(p.detach(), b - g)
         p.data.copy_(b)
-    expected, terms = straightforward_step(lm, questions, answers, truncated, references, Config(**settings),
-                                           parameters)
-    # of two values: |a - b| / sqrt(2)
-    for name, weight in (("rep", Config(**settings).alpha), ("beh", Config(**settings).beta)):
+    expected, terms = straightforward_step(lm, questions, answers, truncated, references, cfg, parameters)
+    for name, weight in (("rep", cfg.alpha), ("beh", cfg.beta)):  # of two values: |a - b| / sqrt(2)
         spread = (terms[name][:, 0, 0] - terms[name][:, 0, 1]).abs().mean().item() / math.sqrt(2)
         assert metrics[f"spread_{name}"] == pytest.approx(spread if weight else 0, abs=1e-4)
     for ours, theirs in zip(gradient, expected, strict=True):
@@ -560,23 +494,20 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     assert references.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]  # the right written answer of each group
     assert metrics["acc_speech"] == metrics["acc_text"] == 0.5 and metrics["no_reference"] == 0
     assert metrics["fmt_speech"] == 0.5 and metrics["fmt_text"] == 1.0
-    assert metrics["reward_text"] == pytest.approx(0.5 + Config(**settings).lam)  # written answers earn R_base alone
+    assert metrics["reward_text"] == pytest.approx(0.5 + cfg.lam)  # written answers earn R_base alone
     assert metrics["truncated_speech"] == metrics["truncated_text"] == 1 / 8
 
 
 def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, questions, answers, monkeypatch):
     gradients, losses = [], []
-    ids, mask = answers[0], answers[1].clone()
-    # one question with shorter answers than the others
-    mask[3] *= torch.arange(mask.shape[-1]) < mask[3].sum(-1).max() - 4
-    truncated = torch.zeros(4, 2, 2, dtype=torch.bool)
+    ids, mask = answers
+    mask[3] *= torch.arange(mask.shape[-1]) < mask[3].sum(-1).max() - 4  # shorter answers than the others'
+    truncated = uncut(mask)
     truncated[0, 0, 0] = True
     for budget, checkpointing in ((1, False), (1000, True), (10**6, True)):
         lm = SpeechLM.from_pretrained(checkpoint)
-        perturb(lm)
-        if checkpointing:
-            recompute_layers(lm)
-        parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
+        optimizer = tars.make_trainable(lm, Config(gradient_checkpointing=checkpointing))
+        parameters = perturb(optimizer.param_groups[0]["params"])
         metrics, _, _, (gradient,) = one_step(lm, questions, (ids, mask), truncated, monkeypatch, parameters,
                                               tokens_per_micro_batch=budget)
         gradients.append(gradient)
@@ -588,8 +519,7 @@ def test_step_does_not_depend_on_micro_batches_or_checkpointing(checkpoint, ques
 
 
 def test_step_clips_the_gradient_and_starts_each_update_from_zero(lm, questions, answers, monkeypatch):
-    perturb(lm)
-    parameters = [p for p in lm.decoder.parameters() if p.requires_grad]
+    parameters = perturb(attach_lora(lm, 8, 32))
     (metrics, _, _, (first,)), (_, _, _, (second,)) = (
         one_step(lm, questions, answers, uncut(answers[1]), monkeypatch, parameters, lr=0.0, max_grad_norm=1e-3)
         for _ in range(2))
@@ -611,8 +541,7 @@ def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, question
     # all text answers wrong, all speech answers right
     ids, mask = (x[..., [0], :].expand(-1, -1, 2, -1) for x in answers)
     parameters = attach_lora(lm, 8, 32)
-    metrics, group, references, _ = one_step(lm, questions, (ids, mask), torch.zeros(4, 2, 2, dtype=torch.bool),
-                                             monkeypatch, parameters)
+    metrics, _, references, _ = one_step(lm, questions, (ids, mask), uncut(mask), monkeypatch, parameters)
     assert (references == -1).all() and metrics["no_reference"] == 1
     assert metrics["rep_speech"] == metrics["beh_speech"] == 0
     assert metrics["reward_speech"] == 1.5 and metrics["no_spread_speech"] == metrics["no_spread_text"] == 1
@@ -621,13 +550,12 @@ def test_step_without_a_correct_text_answer_has_no_alignment_reward(lm, question
 
 def test_step_all_wrong_speech_still_learns_from_dense_rewards(lm, questions, answers, monkeypatch):
     """The paper's point: with every spoken answer of a group wrong, R_rep and R_beh still tell them apart."""
-    ids, mask = answers
-    ids, mask = ids.clone(), mask.clone()
-    ids[:, 0, 0], mask[:, 0, 0] = ids[:, 1, 0], mask[:, 1, 0]  # two different wrong answers, the same R_acc
+    for tensor in answers:
+        tensor[:, 0, 0] = tensor[:, 1, 0]  # two different wrong answers, the same R_acc
     parameters = attach_lora(lm, 8, 32)
     for weight, learns in ((1.0, True), (0.0, False)):
-        metrics, *_ = one_step(lm, questions, (ids, mask), torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch,
-                               parameters, lr=0.0, alpha=weight, beta=weight, lam=0.0)
+        metrics, *_ = one_step(lm, questions, answers, uncut(answers[1]), monkeypatch, parameters, lr=0.0, alpha=weight,
+                               beta=weight, lam=0.0)
         assert metrics["acc_speech"] == 0 and (metrics["no_spread_speech"] == 0) == learns
 
 
@@ -640,7 +568,7 @@ def test_step_with_a_non_finite_loss_or_gradient_changes_nothing(lm, questions, 
     parameters = attach_lora(lm, 8, 32)
     before = [p.detach().clone() for p in parameters]
     monkeypatch.setattr(tars, "grpo_loss", loss)
-    metrics, *_ = one_step(lm, questions, answers, torch.zeros(4, 2, 2, dtype=torch.bool), monkeypatch, parameters)
+    metrics, *_ = one_step(lm, questions, answers, uncut(answers[1]), monkeypatch, parameters)
     assert metrics["skipped"] == 1 and all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
@@ -677,16 +605,14 @@ def test_rollout_equals_generate_and_keeps_samples_with_their_question(lm, quest
     questions = long_and_short(questions)
     prompts = lm.embed_prompts(questions)
     ids, mask, truncated = lm.rollout(prompts, 3, 12, temperature=0)
-    banned = lm.placeholder_ids.tolist()
-    for b in range(len(questions)):
-        for m in range(2):
-            prompt = prompts[b][m][None]  # [1, P, H]
-            expected = lm.model.generate(
-                inputs_embeds=prompt, attention_mask=torch.ones(1, prompt.shape[1]), do_sample=False, max_new_tokens=12,
-                eos_token_id=lm.eos_ids.tolist(), pad_token_id=0, suppress_tokens=banned)[0].tolist()
-            for s in range(3):
-                n = int(mask[b, m, s].sum())
-                assert ids[b, m, s, :n].tolist() == expected[:n] and n >= len(expected)
+    for b, m in itertools.product(range(len(questions)), range(2)):
+        prompt = prompts[b][m][None]  # [1, P, H]
+        expected = lm.model.generate(
+            inputs_embeds=prompt, attention_mask=torch.ones(1, prompt.shape[1]), do_sample=False, max_new_tokens=12,
+            eos_token_id=lm.eos_ids.tolist(), pad_token_id=0, suppress_tokens=lm.placeholder_ids.tolist())[0].tolist()
+        for s in range(3):
+            n = int(mask[b, m, s].sum())
+            assert ids[b, m, s, :n].tolist() == expected[:n] and n >= len(expected)
 
 
 def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, questions, monkeypatch):
@@ -713,23 +639,14 @@ def test_rollout_draws_from_what_forward_scores_while_rows_leave_the_batch(lm, q
     assert len({len(at_draw) for at_draw in drawn}) > 2
 
 
-class ConstantHead(torch.nn.Module):
-    """An lm_head whose logits are the same everywhere, so that sampling can be checked by counting."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.constant = logits
-
-    def forward(self, hidden):
-        return self.constant.expand(len(hidden), -1).clone()
-
-
 def constant_lm(lm, favoured):
-    """Weights 6, 3, 1 on three tokens, a placeholder that would win if it were allowed, nothing elsewhere."""
+    """The head gives the same logits everywhere, so that sampling can be checked by counting: weights 6, 3, 1 on three
+    tokens, a placeholder that would win if it were allowed, nothing elsewhere.
+    """
     logits = torch.full((len(lm.tokenizer),), -math.inf)
     logits[favoured] = torch.tensor([6.0, 3.0, 1.0]).log()
     logits[lm.placeholder_ids] = 50.0
-    lm.model.lm_head = ConstantHead(logits)
+    lm.model.lm_head.forward = lambda hidden: logits.expand(len(hidden), -1).clone()
     return lm
 
 
@@ -752,12 +669,6 @@ def test_sampling_is_temperature_only_and_log_probs_agree(lm, questions):
         torch.testing.assert_close(logps, expected[:, :, :300], atol=1e-5, rtol=0)
 
 
-def test_rollout_follows_its_generator(lm, questions):
-    prompts = lm.embed_prompts(questions[:1])
-    a, b, c = (lm.rollout(prompts, 8, 6, 1.0, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
 def test_each_end_of_turn_ends_an_answer_and_padding_follows(lm, questions):
     one, *ends = lm.tokenizer.convert_tokens_to_ids([" one", *lm.family.end_of_turn])
     lm = constant_lm(lm, [one, *ends])
@@ -767,57 +678,37 @@ def test_each_end_of_turn_ends_an_answer_and_padding_follows(lm, questions):
         assert keep == [1] * length + [0] * (6 - length) and row[length:] == [ends[-1]] * (6 - length)
 
 
-def test_clips_encoded_together_equal_clips_encoded_alone(lm, questions):
-    together, alone = lm.spoken_turns(questions), [lm.spoken_turns([question])[0] for question in questions]
-    assert len({len(turn) for turn in together}) > 1
-    for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
 def test_control_tokens_in_a_question_stay_text(lm, questions):
-    assert lm.placeholder_ids.tolist() == placeholders(lm)
-    turn, audio = lm.family.end_of_turn[0], lm.tokenizer.decode(placeholders(lm)[0])
+    names = ["<|audio|>", "<|image|>"] if lm.family is Phi4Multimodal else ["<|AUDIO|>", "<|IMAGE|>", "<|VIDEO|>"]
+    assert lm.placeholder_ids.tolist() == lm.tokenizer.convert_tokens_to_ids(names)  # what must never be sampled
+    turn, audio = lm.family.end_of_turn[0], names[0]
     end = lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(turn)]
     assert lm.tokenizer.convert_tokens_to_ids([turn, audio]) == lm.tokenizer(turn + audio).input_ids
     evil = questions[0] | {"question": f"one{turn}{audio}"}
-
-    def count(q):
-        return int((lm.embed_prompts([q])[0][1] == end).all(-1).sum())
-
-    assert count(evil) == count(questions[0]) == 2  # the template's own, after system and user
+    ends = [int((lm.embed_prompts([q])[0][1] == end).all(-1).sum()) for q in (questions[0], evil)]
+    assert ends == [2, 2]  # the template's own, after system and user
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_forward_equals_plain_transformers(lm, questions, answers, checkpointing, temperature):
+@pytest.mark.parametrize("checkpointing, temperature", [(False, 1.0), (True, 0.7)])
+def test_forward_equals_plain_transformers_and_pooled_states_eq4(lm, questions, answers, checkpointing, temperature):
     ids, mask = answers
-    attach_lora(lm, 4, 8)  # so that there is something to recompute
-    if checkpointing:
-        recompute_layers(lm)
+    tars.make_trainable(lm, Config(gradient_checkpointing=checkpointing))
     logps, pooled = forward(lm, questions, ids, mask, temperature)
     assert pooled.shape == (4, 2, 2, 4, 128)
-    with torch.no_grad():
-        for b in range(4):
-            for m in range(2):
-                for s in range(2):
-                    n = int(mask[b, m, s].sum())
-                    expected = plain_logps(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), temperature)
-                    torch.testing.assert_close(logps[b, m, s, :n].detach(), expected, atol=1e-4, rtol=0)
-    logps.sum().backward()  # with checkpointing the layers run again here; the pooled states were made once
-
-
-def test_pooled_states_are_eq4_of_transformers_hidden_states(lm, questions, answers):
-    ids, mask = answers
-    _, pooled = forward(lm, questions, ids, mask)
-    for b, m, s in ((0, 0, 0), (1, 1, 1), (3, 0, 1)):
-        n = int(mask[b, m, s].sum())
+    for b, m, s in itertools.product(range(4), range(2), range(2)):
+        completion = ids[b, m, s, : int(mask[b, m, s].sum())].tolist()
         with torch.no_grad():
-            P, output = plain_forward(lm, questions[b], m == 0, ids[b, m, s, :n].tolist(), output_hidden_states=True)
-        layers = output.hidden_states[1:]  # entry 0 is the embedding
-        assert len(layers) == pooled.shape[3] == 4
-        for n_layer, layer in enumerate(layers):
-            torch.testing.assert_close(pooled[b, m, s, n_layer], layer[0, P:].double().mean(0).float(), atol=1e-4,
-                                       rtol=1e-4)
+            P, output = plain_forward(lm, questions[b], m == 0, completion, output_hidden_states=True)
+        expected = logps_of(lm, P, output, completion, temperature)
+        torch.testing.assert_close(logps[b, m, s, : len(completion)].detach(), expected, atol=1e-4, rtol=0)
+        assert len(output.hidden_states) == 1 + 4  # entry 0 is the embedding
+        for layer, states in enumerate(output.hidden_states[1:]):
+            mean = states[0, P:].double().mean(0).float()
+            torch.testing.assert_close(pooled[b, m, s, layer], mean, atol=1e-4, rtol=1e-4)
+    ran = []
+    lm.decoder.layers[1].self_attn.register_forward_pre_hook(lambda *args: ran.append(1))
+    logps.sum().backward()  # the pooled states were made once
+    assert len(ran) == checkpointing  # with it each layer runs again in backward
 
 
 def test_pad_left_by_hand():
@@ -849,7 +740,7 @@ def test_paired_rows_by_hand():
 
 
 # ==== 5. LoRA =========================================================================================================
-def test_lora_by_hand_and_only_on_the_llm(lm):
+def test_lora_by_hand():
     linear = torch.nn.Linear(2, 1, bias=False)
     linear.weight.data = torch.tensor([[1.0, 2.0]])
     lora = LoRALinear(linear, rank=1, alpha=4)
@@ -857,28 +748,25 @@ def test_lora_by_hand_and_only_on_the_llm(lm):
     assert lora.lora_A.abs().min() > 0  # A does not, or nothing would ever be learnt
     lora.lora_A.data, lora.lora_B.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
     assert lora(torch.tensor([3.0, 5.0])).item() == 29.0  # 13 + 4 / 1 * 0.5 * (3 + 5)
-    parameters = attach_lora(lm, 8, 32)
-    names = {name for name, p in lm.model.named_parameters() if p.requires_grad}
-    # 4 layers of q, k, v, o, gate, up, down (Phi: qkv, o, gate_up, down), each with A and B; nothing in the audio
-    # encoder, the projector or lm_head
-    assert len(names) == len(parameters) == 4 * linears(lm) * 2
-    assert all(".layers." in n and "lora_" in n and "audio" not in n and "visual" not in n for n in names)
-    # r (in + out) of each linear layer of 4 layers. Qwen: q 128+128, k and v 128+32, o 128+128, gate, up, down 128+384.
-    # Phi: qkv 128+192, o 128+128, gate_up 128+384, down 192+128.
-    expected = 8 * 4 * (320 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 160 + 3 * 512)
-    assert sum(p.numel() for p in parameters) == expected
 
 
-def test_lora_is_all_that_is_trained_and_the_run_says_so(lm, capsys):
+def test_lora_is_on_the_llm_alone_and_all_that_is_trained(lm, capsys):
     total = sum(p.numel() for p in lm.model.parameters())
-    optimizer = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, seed=5, layers="2-3"))
-    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+    optimizer = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, layers="2-3"))
+    parameters = optimizer.param_groups[0]["params"]
+    names = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+    # In each of 4 layers q, k, v, o, gate, up, down (Phi: qkv, o, gate_up, down), r (in + out) parameters each.
+    # Qwen: q 128+128, k and v 128+32, o 128+128, gate, up, down 128+384.
+    # Phi: qkv 128+192, o 128+128, gate_up 128+384, down 192+128.
+    linears, sizes = (4, 320 + 256 + 512 + 320) if lm.family is Phi4Multimodal else (7, 2 * 256 + 2 * 160 + 3 * 512)
+    trained = 2 * 4 * sizes
+    assert sum(p.numel() for p in parameters) == trained and len(names) == len(parameters) == 4 * linears * 2
+    # nothing in the audio encoder, the projector or lm_head
+    assert all(".layers." in n and "lora_" in n and "audio" not in n and "visual" not in n for n in names)
     assert {m.scale for m in lm.model.modules() if isinstance(m, LoRALinear)} == {3.0}
-    trained = 2 * 4 * (320 + 256 + 512 + 320 if linears(lm) == 4 else 2 * 256 + 2 * 160 + 3 * 512)
-    assert capsys.readouterr().out == (
-        f"cpu, float32\n{total + trained:,} parameters; trained are {trained:,} in float32, LoRA on {4 * linears(lm)} "
-        "linear layers; R_rep compares 2 of 4 layers\n")
-    assert sum(p.numel() for p in optimizer.param_groups[0]["params"]) == trained
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+    printed = capsys.readouterr().out
+    assert f"{total + trained:,} parameters; trained are {trained:,}" in printed and "2 of 4 layers" in printed
 
 
 # ==== 6. Evaluate and train ===========================================================================================
@@ -888,15 +776,6 @@ def test_learning_rate_by_hand():
     assert tars.learning_rate(0, 1, cfg) == tars.learning_rate(0, 2, cfg) == 1  # the shortest runs
     assert [tars.learning_rate(s, 10, cfg) for s in range(10)] == pytest.approx(
         [1 / 2, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_checkpointing_runs_each_layer_again(lm, questions, answers, checkpointing):
-    tars.make_trainable(lm, Config(gradient_checkpointing=checkpointing))
-    ran = []
-    lm.decoder.layers[1].self_attn.register_forward_pre_hook(lambda *args: ran.append(1))
-    forward(lm, questions, *answers)[0].sum().backward()
-    assert len(ran) == 1 + checkpointing
 
 
 def test_records_of_an_evaluation_are_the_greedy_answers_in_order(lm, questions):
@@ -909,21 +788,29 @@ def test_records_of_an_evaluation_are_the_greedy_answers_in_order(lm, questions)
 
 
 def test_data_order_visits_every_question_once_an_epoch():
-    def drawn(count, size, steps, seed=0):
-        return list(itertools.islice(tars.data_order(count, size, seed), steps))
+    first, other = ([*itertools.islice(tars.data_order(10, 4, seed), 8)] for seed in (0, 1))
+    order = sum(first, [])  # three epochs of ten questions, and two more
+    assert sorted(order[:10]) == sorted(order[10:20]) == sorted(order[20:30]) == list(range(10))
+    assert order[:10] != order[10:20] and first[:2] != other[:2]
+    assert first[:2] == [*itertools.islice(tars.data_order(10, 4, 0), 2)]
 
-    order = sum(drawn(10, 4, 5), [])
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    assert drawn(10, 4, 2) == drawn(10, 4, 5)[:2] != drawn(10, 4, 2, seed=1)
-    assert sorted(sum(drawn(10, 4, 8), [])[20:30]) == list(range(10))  # the third epoch
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")  # PyTorch's launcher, two processes
+
+
+def start(*command):
+    """Start a command of the project, with as many threads as here: two in all."""
+    environment = {"OMP_NUM_THREADS": "1" if TWO[1] in command else "2", "PYTHONPATH": str(HERE)}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | environment)
 
 
 def run(*command, fails=False):
-    """Run a command of the project, with as many threads as here; its output if it ends as expected."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(HERE)})
-    assert (done.returncode == 1) if fails else (done.returncode == 0), done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+    """Run a command of the project; its output if it ends as expected."""
+    process = start(*command)
+    printed, errors = process.communicate()
+    assert process.returncode == fails, errors[-3000:]
+    return errors if fails else printed
 
 
 def here(program, *arguments):
@@ -944,55 +831,36 @@ def small_demo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_run(small_demo, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    flags = ("--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--tokens-per-micro-batch", 900,
-             "--eval-every", 2, "--lr", 0.003, "--sample-every", 2, "--gradient-checkpointing")
-    printed = run(HERE / "tars.py", *flags, "--out", out / "a")
-    here(tars, *flags, "--out", out / "b")
-    return out, printed
+    """What the command leaves behind, run in a process of its own."""
+    out = tmp_path_factory.mktemp("run") / "a"
+    run(HERE / "tars.py", "--model", small_demo / "model", "--steps", 3, "--questions-per-step", 4, "--eval-every", 2,
+        "--tokens-per-micro-batch", 900, "--lr", 0.003, "--sample-every", 2, "--gradient-checkpointing", "--out", out)
+    return out
 
 
 def test_end_to_end_writes_what_it_promises(small_run):
-    out, printed = small_run
-    names = {p.name for p in (out / "a").iterdir()}
+    names = {p.name for p in small_run.iterdir()}
     assert names == {"checkpoint.pt", "adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl",
                      "samples.jsonl", "summary.json"}
-    summary = json.loads((out / "a" / "summary.json").read_text())
+    summary = json.loads((small_run / "summary.json").read_text())
     assert summary["n"] == 40
     assert {"base_speech", "base_text", "speech", "text", "mrr_before", "mrr_after"} < set(summary)
-    lines = data_prep.read_lines(out / "a" / "log.jsonl")
+    lines = data_prep.read_lines(small_run / "log.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert ["eval_speech" in line for line in lines] == [False, True, True]
-    group = data_prep.read_lines(out / "a" / "samples.jsonl")[0]
+    group = data_prep.read_lines(small_run / "samples.jsonl")[0]
     assert len(group["speech"]) == len(group["text"]) == 4
     for m in tars.MODALITIES:
         assert sum(answer["advantage"] for answer in group[m]) == pytest.approx(0, abs=1e-5)
-    assert "MRR" in printed and "before" in printed and "after" in printed
-
-
-def log_apart_from_times(out):
-    """The lines of a log without `seconds`."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in data_prep.read_lines(out / "log.jsonl")]
-
-
-def test_same_seed_same_log_apart_from_times(small_run):
-    out, _ = small_run
-    assert log_apart_from_times(out / "a") == log_apart_from_times(out / "b")
-    assert (out / "a" / "adapter_model.safetensors").read_bytes() == (
-        out / "b" / "adapter_model.safetensors").read_bytes()
-    assert (out / "a" / "samples.jsonl").read_text() == (out / "b" / "samples.jsonl").read_text()
 
 
 def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo):
-    out, _ = small_run
-    code = ("import json, tars, eval as evaluation\n"
-            f"lm = tars.SpeechLM.from_pretrained({str(small_demo / 'model')!r})\n"
-            f"evaluation.load_adapter(lm, {str(out / 'a')!r}); cfg = tars.Config(max_new_tokens=26, eval_batch=64)\n"
-            f"test = tars.load_questions({str(small_demo / 'test')!r})\n"
-            "print(json.dumps(tars.evaluate(lm, test, tars.extract_answers, cfg)))\n"
-            "print(json.dumps(list(tars.answer_greedily(lm, test, tars.extract_answers, cfg))))")
-    accuracy, records = map(json.loads, run("-c", code).splitlines()[-2:])
-    summary = json.loads((out / "a" / "summary.json").read_text())
+    lm = SpeechLM.from_pretrained(str(small_demo / "model"))  # this process did not train the adapter
+    evaluation.load_adapter(lm, small_run)
+    test, cfg = load_questions(small_demo / "test"), Config(max_new_tokens=26, eval_batch=64)
+    accuracy = tars.evaluate(lm, test, tars.extract_answers, cfg)
+    records = list(tars.answer_greedily(lm, test, tars.extract_answers, cfg))
+    summary = json.loads((small_run / "summary.json").read_text())
     assert accuracy == {name: summary[name] for name in ("speech", "text", "length_speech", "length_text")}
     for m in tars.MODALITIES:
         own = [r for r in records if r["modality"] == m]
@@ -1002,14 +870,11 @@ def test_adapter_in_a_new_process_reproduces_the_accuracy(small_run, small_demo)
 
 
 # ==== 7. Questions ====================================================================================================
-def wav(samples, rate=16_000, width=2):
-    """Integer samples [T, channels] -> WAV bytes."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as clip:
-        clip.setnchannels(samples.shape[1]), clip.setsampwidth(width), clip.setframerate(rate)
-        low_bytes = (samples + (128 if width == 1 else 0)).astype("<i8").reshape(-1, 1).view(np.uint8)[:, :width]
-        clip.writeframes(low_bytes.tobytes())
-    return buffer.getvalue()
+def wav(samples, rate=16_000, subtype="PCM_16", kind="WAV"):
+    """Samples [T] or [T, channels], 16-bit integers or floats -> the bytes of an audio file."""
+    samples = samples if samples.dtype == float else samples.astype(np.int16)
+    soundfile.write(file := io.BytesIO(), samples, rate, subtype, format=kind)
+    return file.getvalue()
 
 
 def tone(seconds, rate, channels=1):
@@ -1018,13 +883,14 @@ def tone(seconds, rate, channels=1):
     return wav(np.repeat(samples[:, None], channels, axis=1), rate)
 
 
-@pytest.mark.parametrize("data",
-                         [tone(1, 8_000), wav(np.zeros((16_000, 1), int), width=1), tone(0.05, 16_000),
-                          tone(301, 16_000), tone(1, 16_000, channels=2)],
-                         ids=["rate", "width", "short", "long", "stereo"])
-def test_clips_are_16_bit_mono_wav_and_others_are_named(data):
-    with pytest.raises(SystemExit, match="q7 is no 16-bit mono WAV at 16 kHz of 0.1 to 300 s"):
-        tars.read_clip(data, "q7")
+def test_clips_are_16_bit_mono_wav_scaled_to_one_and_others_are_named():
+    # half of full scale is 0.5, and -full is -1
+    assert tars.read_clip(wav(np.tile([[16384], [-32768], [0]], (600, 1)))).tolist() == [0.5, -1.0, 0.0] * 600
+    faults = {"rate": tone(1, 8_000), "width": wav(np.zeros((16_000, 1), int), subtype="PCM_U8"),
+              "short": tone(0.05, 16_000), "long": tone(301, 16_000), "stereo": tone(1, 16_000, channels=2)}
+    for fault, data in faults.items():
+        with pytest.raises(SystemExit, match=f"{fault} is no 16-bit mono WAV at 16 kHz of 0.1 to 300 s"):
+            tars.read_clip(data, fault)
 
 
 @pytest.mark.parametrize("change", [{"options": ["x"] * 3}, {"answer_index": -1}, {"answer_index": 4}], ids=str)
@@ -1034,11 +900,6 @@ def test_questions_without_four_options_or_an_answer_are_named(small_demo, tmp_p
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
     with pytest.raises(SystemExit, match=questions[2]["key"]):
         load_questions(tmp_path / "data")
-
-
-def test_clip_is_scaled_to_one():
-    # half of full scale is 0.5, and -full is -1
-    assert tars.read_clip(wav(np.tile([[16384], [-32768], [0]], (600, 1)))).tolist() == [0.5, -1.0, 0.0] * 600
 
 
 # ==== 8. Model families ===============================================================================================
@@ -1073,11 +934,11 @@ def test_full_qwen_checkpoint_gives_the_log_probs_of_its_thinker(tmp_path, quest
     """The hub's checkpoint holds thinker, talker and token2wav; only the thinker may be read."""
     torch.manual_seed(0)
     model, tokenizer, extractor = tiny_qwen()
-    tensors = {f"thinker.{name}": tensor for name, tensor in thinker_state(model, tmp_path).items()}
+    model.save_pretrained(tmp_path / "thinker")
+    tensors = {f"thinker.{name}": x for name, x in load_file(tmp_path / "thinker" / "model.safetensors").items()}
     tensors |= {"talker.codec_head.weight": torch.ones(3, 2), "token2wav.dit.weight": torch.ones(2)}
     full = tmp_path / "full"
     transformers.Qwen2_5OmniConfig(thinker_config=model.config.to_dict()).save_pretrained(full)
-    assert json.loads((full / "config.json").read_text())["model_type"] == "qwen2_5_omni"
     save_file(tensors, full / "model.safetensors", {"format": "pt"})
     logps = []
     for path in (full, tmp_path / "thinker"):
@@ -1089,12 +950,6 @@ def test_full_qwen_checkpoint_gives_the_log_probs_of_its_thinker(tmp_path, quest
     torch.testing.assert_close(logps[0], logps[1], atol=0, rtol=0)
 
 
-def thinker_state(model, tmp_path):
-    """Save the thinker alone under tmp_path/thinker; its tensors as they stand in the file."""
-    model.save_pretrained(tmp_path / "thinker")
-    return load_file(tmp_path / "thinker" / "model.safetensors")
-
-
 def test_tokenizer_is_tokenizer_json_as_it_is(checkpoint, tmp_path):
     """AutoTokenizer would build GPT-2's own pre-tokenizer for the class that Phi's tokenizer_config.json names."""
     shutil.copytree(checkpoint, path := tmp_path / "copy")
@@ -1104,40 +959,24 @@ def test_tokenizer_is_tokenizer_json_as_it_is(checkpoint, tmp_path):
     as_it_is = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     lm = SpeechLM.from_pretrained(str(path))
     assert lm.tokenizer(text, add_special_tokens=False).input_ids == as_it_is
-    # the trap is there
-    assert transformers.AutoTokenizer.from_pretrained(path)(text, add_special_tokens=False).input_ids != as_it_is
 
 
-def damaged(source, path, change):
-    """A copy of a model directory whose tensors `change` alters; the name of the tensor to alter is given to it."""
-    shutil.copytree(source, path)
-    tensors = load_file(path / "model.safetensors")
-    name = next(name for name in sorted(tensors)
-                if name.endswith(("layers.1.mlp.down_proj.weight", "layers.0.fc1.weight")))
-    change(tensors, name)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return name.split("layers.")[1]
-
-
-@pytest.mark.parametrize("change",
-                         [lambda tensors, name: tensors.pop(name),
-                          lambda tensors, name: tensors.update({name + "s": tensors.pop(name)})],
-                         ids=["missing", "renamed"])
-def test_model_that_lacks_a_tensor_is_refused(checkpoint, tmp_path, change):
-    name = damaged(checkpoint, tmp_path / "model", change)
-    with pytest.raises(SystemExit, match="does not fit its config.json: 1 tensors.*" + re.escape(name)):
-        SpeechLM.from_pretrained(str(tmp_path / "model"))
-
-
-def test_model_with_a_layer_more_than_its_config_is_refused(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, path := tmp_path / "model")
-    settings = json.loads((path / "config.json").read_text())
+def test_model_that_lacks_a_tensor_or_has_a_layer_more_than_its_config_is_refused(checkpoint, tmp_path):
+    lacks, more = (shutil.copytree(checkpoint, tmp_path / name) for name in ("lacks", "more"))
+    tensors, places = load_file(lacks / "model.safetensors"), ("layers.1.mlp.down_proj.weight", "layers.0.fc1.weight")
+    name = next(name for name in sorted(tensors) if name.endswith(places))
+    tensors.pop(name)
+    save_file(tensors, lacks / "model.safetensors", {"format": "pt"})
+    tail = re.escape(name.split("layers.")[1])
+    with pytest.raises(SystemExit, match=f"does not fit its config.json: 1 tensors.*{tail}"):
+        SpeechLM.from_pretrained(str(lacks))
+    settings = json.loads((more / "config.json").read_text())
     of_text = settings.get("text_config", settings)
     of_text["num_hidden_layers"] = 3
     of_text.pop("layer_types", None)
-    (path / "config.json").write_text(json.dumps(settings))
+    (more / "config.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit, match="does not fit its config.json.*layers.3"):
-        SpeechLM.from_pretrained(str(path))
+        SpeechLM.from_pretrained(str(more))
 
 
 def test_models_take_their_checkpoints_dtype_on_a_gpu_that_has_it_and_float32_elsewhere(monkeypatch):
@@ -1180,10 +1019,9 @@ def test_revision_of_phi_belongs_to_microsofts_repository_alone(monkeypatch):
 def test_a_run_in_emulated_bfloat16(checkpoint, small_demo, tmp_path, monkeypatch):
     family = tars.family_of(checkpoint)
     monkeypatch.setattr(family, "load", staticmethod(functools.partial(family.load, dtype=torch.bfloat16)))
-    data = ["--data", str(small_demo / "train"), "--eval-data", str(small_demo / "val"), "--embedder", "ngrams",
-            "--max-new-tokens", "6"]
-    tars.main(["--model", checkpoint, "--out", str(tmp_path / "run"), "--steps", "2", "--questions-per-step", "2",
-               "--lr", "0.01", *data])
+    here(tars, "--model", checkpoint, "--out", tmp_path / "run", "--steps", 2, "--questions-per-step", 2, "--lr", 0.01,
+         "--data", small_demo / "train", "--eval-data", small_demo / "val", "--embedder", "ngrams",
+         "--max-new-tokens", 6)
     lines = data_prep.read_lines(tmp_path / "run" / "log.jsonl")
     assert len(lines) == 2
     assert all(math.isfinite(line[k]) for line in lines for k in ("loss", "rep_speech", "reward_speech"))
@@ -1194,11 +1032,8 @@ def test_a_run_in_emulated_bfloat16(checkpoint, small_demo, tmp_path, monkeypatc
 
 def test_unknown_family_is_told_which_are_known(tmp_path):
     transformers.Qwen2Config().save_pretrained(tmp_path / "qwen2")
-    (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="qwen2 is no speech LLM.*qwen2_5_omni.*phi4_multimodal"):
         SpeechLM.from_pretrained(str(tmp_path / "qwen2"))
-    with pytest.raises((SystemExit, OSError), match="config.json"):
-        SpeechLM.from_pretrained(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("name, parts", [
@@ -1224,58 +1059,56 @@ def test_default_architecture_has_the_real_models_size(name, parts):
 ANIMALS = ["a lizard", "a beetle", "a scorpion", "a frog"]
 THINGS = ["wood", "stone", "paper", "glass"]
 WATER = ["10 °C", "100 °C", "1,000", "0.75"]
-DRINKS = ["beer", "red wine", "tea", "milk"]
 
 
-@pytest.mark.parametrize(
-    "options, letter, completions",
-    [(THINGS, "B",
-      ["<think>A or D?</think><answer>The answer is B.</answer>", "<think>x</think><answer>The answer is B.", "B",
-       "(B)", "(B).", "[B]", "b)", "THE ANSWER IS B.", "the answer is b.", "It must be B", "Therefore, B.",
-       "\\boxed{B}", "\\boxed{\\text{B}}", '"B"', "<b>B</b>", "B: stone",
-       "The answer is B. Unlike glass, stone does not shatter.",
-       "**Determine the correct answer**\n\nA. wood\nB. stone\nC. paper\nD. glass\n\nThe answer is stone.",
-       "A is brittle. Option B (stone) is hard. Option C burns.\nSo the best answer is B."]),
-     (THINGS, "C",
-      ["<think>So A.</think>\n\nThe answer is C.", "<THINK>x</THINK><Answer>C</Answer>", "<answer>Option C</answer>",
-       "The answer is (C).", "The correct choice would be C", "C is the right answer.",
-       "I'd say C, because it is paper.", "**Answer:** (C)", "### Answer\n\n**C**", "The answer is A... no, C.",
-       "The answer is B. No, the answer is C.", "At first I thought A, but the answer is C."]),
-     (THINGS, "D",
-      ["<think>I must end with <answer>The answer is A.</answer></think><answer>The answer is D.</answer>",
-       "So B. The answer is B.</think>D", "The answer is: D", "I'd go with option d", "Thus \\(\\boxed{D}\\).", "`D`"]),
-     (THINGS, None,
-      ["<think>Stone it is. The answer is B.", "<think>A</think> <think>no", "<think>x</think><answer></answer>",
-       "The answer is B, glass", "The answer is paper (D).", "The answer is A. Wait, that is wrong.",
-       "The answer is A. So A is wrong.", "As in option (C), it burns. The answer is (G).",
-       "The answer is A red herring", "A cat is an animal.", "The answer is a dog.", "The answer is Better.",
-       "The answer is C#.", "My answer is A+.", "Figure A shows the lungs.", "SS: A: 23.00",
-       "This distinguishes Option C from Option D.", "The answer is because of D.", "The answer cannot be A.",
-       "It is unlikely to be A", "Option A, which is not correct.", "The answer is not B.", "not C", "All but D.",
-       "Is the answer A?", "The answer might be A.", "I doubt that the answer is A.",
-       "If it were hot, the answer would be D.", "People say the answer is A.", "B or C", "The answer is A or B.",
-       "A and C are both correct.", "The answer is A, B, and C.", "A. wood\nB. stone\nC. paper\nD. glass",
-       "A. wood\nB. stone", "(A) wood (B) stone (C) paper (D) glass", "None of these.", "I don't know.", "",
-       "Wood burns. Stone does not. Paper burns."]),
-     (THINGS, "A", ["The answer is A. Option B is wrong, since stone sinks.", "ANSWER: $A$"]),
-     (DRINKS, "B", ["The answer is **B) red wine**", "Answer: B. red wine"]),
-     (ANIMALS, "C", ["C. a scorpion", "The answer is a scorpion.", "It's the scorpion"]),
-     (["2", "8", "4", "6"], None, ["d, which is 8"]), (ANIMALS, None, ["D. a scorpion"]),
-     (["gold", "white gold", "iron", "tin"], "A", ["The answer is gold, because it is heavy."]),
-     (["gold", "white gold", "iron", "tin"], "B", ["The answer is white gold."]),
-     (WATER, "D", ["The answer is 0.75. It is three quarters."]),
-     (WATER, "C", ["The correct answer is 1,000. A kilogram has so many grams.", "The answer is 1000."]),
-     (WATER, "B", ["The answer is 100°C."]), (OPTIONS, "C", ["The answer is dublin"]),
-     (["x", "y", "z", "none of these"], "D", ["None of these."]),
-     (["polish", "Polish", "x", "y"], "B", ["The answer is Polish."]),
-     (["vitamin C", "iron", "zinc", "x"], "A", ["The answer is vitamin C."]),
-     (["3", "-3", "0", "6"], "B", ["The answer is -3."]), (["4", "14", "24", "40"], None, ["The answer is 24.5."]),
-     (["red", "white", "blue", "green"], None, ["The answer is red, white and blue."]),
-     (["C", "B", "A", "D"], None, ["The answer is C."]), (["E", "F", "G", "H"], "B", ["The answer is F."]),
+@pytest.mark.parametrize("options, letter, completions", [
+    (THINGS, "B",
+     ["<think>A or D?</think><answer>The answer is B.</answer>", "<think>x</think><answer>The answer is B.", "B",
+      "(B)", "(B).", "[B]", "b)", "THE ANSWER IS B.", "the answer is b.", "It must be B", "Therefore, B.",
+      "\\boxed{B}", "\\boxed{\\text{B}}", '"B"', "<b>B</b>", "B: stone",
+      "The answer is B. Unlike glass, stone does not shatter.",
+      "**Determine the correct answer**\n\nA. wood\nB. stone\nC. paper\nD. glass\n\nThe answer is stone.",
+      "A is brittle. Option B (stone) is hard. Option C burns.\nSo the best answer is B."]),
+    (THINGS, "C",
+     ["<think>So A.</think>\n\nThe answer is C.", "<THINK>x</THINK><Answer>C</Answer>", "<answer>Option C</answer>",
+      "The answer is (C).", "The correct choice would be C", "C is the right answer.",
+      "I'd say C, because it is paper.", "**Answer:** (C)", "### Answer\n\n**C**", "The answer is A... no, C.",
+      "The answer is B. No, the answer is C.", "At first I thought A, but the answer is C."]),
+    (THINGS, "D",
+     ["<think>I must end with <answer>The answer is A.</answer></think><answer>The answer is D.</answer>",
+      "So B. The answer is B.</think>D", "The answer is: D", "I'd go with option d", "Thus \\(\\boxed{D}\\).", "`D`"]),
+    (THINGS, None,
+     ["<think>Stone it is. The answer is B.", "<think>A</think> <think>no", "<think>x</think><answer></answer>",
+      "The answer is B, glass", "The answer is paper (D).", "The answer is A. Wait, that is wrong.",
+      "The answer is A. So A is wrong.", "As in option (C), it burns. The answer is (G).",
+      "The answer is A red herring", "A cat is an animal.", "The answer is a dog.", "The answer is Better.",
+      "The answer is C#.", "My answer is A+.", "Figure A shows the lungs.", "SS: A: 23.00",
+      "This distinguishes Option C from Option D.", "The answer is because of D.", "The answer cannot be A.",
+      "It is unlikely to be A", "Option A, which is not correct.", "The answer is not B.", "not C", "All but D.",
+      "Is the answer A?", "The answer might be A.", "I doubt that the answer is A.",
+      "If it were hot, the answer would be D.", "People say the answer is A.", "B or C", "The answer is A or B.",
+      "A and C are both correct.", "The answer is A, B, and C.", "A. wood\nB. stone\nC. paper\nD. glass",
+      "A. wood\nB. stone", "(A) wood (B) stone (C) paper (D) glass", "None of these.", "I don't know.", "",
+      "Wood burns. Stone does not. Paper burns."]),
+    (THINGS, "A", ["The answer is A. Option B is wrong, since stone sinks.", "ANSWER: $A$"]),
+    (["beer", "red wine", "tea", "milk"], "B", ["The answer is **B) red wine**", "Answer: B. red wine"]),
+    (ANIMALS, "C", ["C. a scorpion", "The answer is a scorpion.", "It's the scorpion"]),
+    (["2", "8", "4", "6"], None, ["d, which is 8"]), (ANIMALS, None, ["D. a scorpion"]),
+    (["gold", "white gold", "iron", "tin"], "A", ["The answer is gold, because it is heavy."]),
+    (["gold", "white gold", "iron", "tin"], "B", ["The answer is white gold."]),
+    (WATER, "D", ["The answer is 0.75. It is three quarters."]),
+    (WATER, "C", ["The correct answer is 1,000. A kilogram has so many grams.", "The answer is 1000."]),
+    (WATER, "B", ["The answer is 100°C."]), (OPTIONS, "C", ["The answer is dublin"]),
+    (["x", "y", "z", "none of these"], "D", ["None of these."]),
+    (["polish", "Polish", "x", "y"], "B", ["The answer is Polish."]),
+    (["vitamin C", "iron", "zinc", "x"], "A", ["The answer is vitamin C."]),
+    (["3", "-3", "0", "6"], "B", ["The answer is -3."]), (["4", "14", "24", "40"], None, ["The answer is 24.5."]),
+    (["red", "white", "blue", "green"], None, ["The answer is red, white and blue."]),
+    (["C", "B", "A", "D"], None, ["The answer is C."]), (["E", "F", "G", "H"], "B", ["The answer is F."]),
     (["red", "red", "blue", "green"], None, ["The answer is red."])])
 def test_extract_answer_reads_what_a_careful_person_reads(options, letter, completions):
     for completion in completions:
-        assert extract_answer(completion, options) == letter, completion
+        assert tars.extract_answer(completion, options) == letter, completion
 
 
 def test_ngram_embedder_by_hand():
@@ -1289,10 +1122,10 @@ def test_ngram_embedder_by_hand():
 
 
 # ==== 10. Logs, adapter files and checkpoints =========================================================================
-def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(
+def test_saved_adapter_reproduces_the_trained_model_and_that_of_another_model_or_rank_is_refused(
     checkpoint, lm, questions, answers, tmp_path):
     base, _ = forward(lm, questions, *answers)
-    perturb(lm)
+    perturb(attach_lora(lm, 8, 32))
     trained, _ = forward(lm, questions, *answers)
     tars.save_adapter(lm, Config(model=checkpoint, out=str(tmp_path)))
     fresh = SpeechLM.from_pretrained(checkpoint)
@@ -1300,38 +1133,29 @@ def test_saved_adapter_changes_a_fresh_model_and_reproduces_the_trained_one(
     loaded, _ = forward(fresh, questions, *answers)
     assert (trained - base).abs().max() > 0.1
     torch.testing.assert_close(loaded, trained, atol=0, rtol=0)
+    file, scale = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, settings = load_file(file), json.loads(scale.read_text())
+    scale.write_text(json.dumps(settings | {"r": 4}))
+    with pytest.raises(SystemExit, match="no adapter of this model"):
+        evaluation.load_adapter(fresh, tmp_path)
+    scale.write_text(json.dumps(settings))
+    save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, file)
+    with pytest.raises(SystemExit, match="no adapter of this model"):
+        evaluation.load_adapter(fresh, tmp_path)
 
 
 def test_peft_loads_the_adapter_and_agrees(checkpoint, lm, questions, answers, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed; it is needed for this test alone")
-    perturb(lm)
+    perturb(attach_lora(lm, 8, 32))
     tars.save_adapter(lm, Config(model=checkpoint, out=str(tmp_path)))
-    ids, mask = answers
-    n = int(mask[0, 0, 0].sum())
-    fresh = SpeechLM.from_pretrained(checkpoint)
+    completion, fresh = answers[0][0, 0, 0, :9].tolist(), SpeechLM.from_pretrained(checkpoint)
     wrapped = peft.PeftModel.from_pretrained(fresh.model, tmp_path)
     targeted = {name for name, m in wrapped.named_modules() if hasattr(m, "lora_A")}
-    assert len(targeted) == 4 * linears(lm)
-    with torch.no_grad():
-        for spoken in (True, False):
-            _, theirs = plain_forward(fresh, questions[0], spoken, ids[0, 0, 0, :n].tolist())
-            _, ours = plain_forward(lm, questions[0], spoken, ids[0, 0, 0, :n].tolist())
-            torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=0)
-
-
-def test_adapter_of_another_model_or_rank_is_refused(checkpoint, lm, tmp_path):
-    perturb(lm)
-    tars.save_adapter(lm, Config(model=checkpoint, out=str(tmp_path)))
-    file, scale = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    assert file.stat().st_mode & 0o777 == scale.stat().st_mode & 0o777  # the rights that the user's umask gives
-    tensors, settings = load_file(file), json.loads(scale.read_text())
-    scale.write_text(json.dumps(settings | {"r": 4}))
-    with pytest.raises(SystemExit, match="no adapter of this model"):
-        evaluation.load_adapter(SpeechLM.from_pretrained(checkpoint), tmp_path)
-    scale.write_text(json.dumps(settings))
-    save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, file)
-    with pytest.raises(SystemExit, match="no adapter of this model"):
-        evaluation.load_adapter(SpeechLM.from_pretrained(checkpoint), tmp_path)
+    assert len(targeted) == sum(isinstance(m, LoRALinear) for m in lm.model.modules())
+    for spoken in (True, False):
+        with torch.no_grad():
+            ours, theirs = (plain_forward(x, questions[0], spoken, completion)[1].logits for x in (lm, fresh))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
@@ -1357,17 +1181,11 @@ def uninterrupted(small_demo, tmp_path_factory):
 
 
 def same_run(a, b):
-    """Two runs left the same behind: adapter, samples, and the log apart from times."""
-    logs = [log_apart_from_times(out) for out in (a, b)]
+    """Two runs left the same behind: adapter, samples, summary, and the log apart from times."""
+    logs = [[line | {"seconds": 0} for line in data_prep.read_lines(out / "log.jsonl")] for out in (a, b)]
     assert logs[0] == logs[1] and len(logs[0]) == 6
     for name in ("adapter_model.safetensors", "samples.jsonl", "summary.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
-
-
-def start(small_demo, out, *flags):
-    return subprocess.Popen([sys.executable, HERE / "tars.py", *long_flags(small_demo, out), *flags], cwd=HERE,
-                            env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
 
 
 def wait_for_steps(process, out, steps):
@@ -1381,7 +1199,7 @@ def wait_for_steps(process, out, steps):
 @pytest.mark.parametrize("save_every", ["0.3", "1000"])
 def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_path, save_every):
     out = tmp_path / "run"
-    process = start(small_demo, out, "--save-every", save_every)
+    process = start(HERE / "tars.py", *long_flags(small_demo, out), "--save-every", save_every)
     wait_for_steps(process, out, 3)
     process.kill()
     process.wait()
@@ -1426,29 +1244,23 @@ def test_ten_non_finite_steps_in_a_row_end_the_run(small_demo, tmp_path, monkeyp
 
 # ==== 11. Several processes ===========================================================================================
 RANKED = """
-import sys, zlib, torch, tars, safetensors.torch
+import sys, torch, tars, safetensors.torch
 from tars import *
 path, out = sys.argv[1:]
 if tars.RANKS > 1:
     dist.init_process_group()
-cfg = Config(group_size=4, lora_rank=2, embedder="ngrams")
+cfg, generator = Config(group_size=4), torch.Generator().manual_seed(0)
 lm = SpeechLM.from_pretrained(path + "/model")
-batch = [load_questions(path + "/train")[i] for i in range(4)][tars.RANK::tars.RANKS]
-optimizer, generator = tars.make_trainable(lm, cfg), None
-parameters = optimizer.param_groups[0]["params"]
+parameters = attach_lora(lm, 2, 32)
 with torch.no_grad():
     for p in parameters:
-        p.normal_(0, 0.05, generator=torch.Generator().manual_seed(p.numel()))
-def rollout(*args):
-    ids, mask = [], []
-    for q in batch:
-        g = torch.Generator().manual_seed(zlib.crc32(q["key"].encode()))
-        ids.append(torch.randint(8, 40, (2, 2, 9), generator=g))
-        mask.append((torch.arange(9) < torch.randint(3, 10, (2, 2, 1), generator=g)).long())
-    return torch.stack(ids), torch.stack(mask), torch.zeros(len(batch), 2, 2, dtype=torch.bool)
-lm.rollout = rollout
+        p.normal_(0, 0.05, generator=generator)
+ids = torch.randint(8, 40, (4, 2, 2, 9), generator=generator)
+mask = (torch.arange(9) < torch.randint(3, 10, (4, 2, 2, 1), generator=generator)).long()
+own = slice(tars.RANK, None, tars.RANKS)  # of the four questions
+lm.rollout = lambda *args: (ids[own], mask[own], torch.zeros(4, 2, 2, dtype=torch.bool)[own])
+batch = [load_questions(path + "/train")[i] for i in range(4)][own]
 extract = lambda asked, _: [LETTERS[q["answer_index"]] if i % 2 else None for i, q in enumerate(asked)]
-tars.pick_references = lambda correct, generator: correct.float().argmax(-1, keepdim=True).expand(-1, 2)
 optimizer = torch.optim.SGD(parameters, lr=1.0)
 metrics, _ = tars.train_step(lm, batch, tars.embed_ngrams, extract, optimizer, cfg, generator)
 if tars.RANK == 0:
@@ -1459,19 +1271,10 @@ if tars.RANKS > 1:  # without it a process may abort on its way out
 """
 
 
-def torchrun(*arguments, **settings):
-    """PyTorch's own launcher with two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               *map(str, arguments)]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, **settings)
-
-
 def test_two_processes_make_the_same_first_update_as_one(small_demo, tmp_path):
     (tmp_path / "ranked.py").write_text(RANKED)
     run(tmp_path / "ranked.py", small_demo, tmp_path / "one")
-    done = torchrun(tmp_path / "ranked.py", small_demo, tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(*TWO, tmp_path / "ranked.py", small_demo, tmp_path / "two")
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 57
     for name in one:
@@ -1487,47 +1290,36 @@ def test_numbers_are_averaged_over_processes(monkeypatch):
 
 @slow
 def test_two_processes_train_evaluate_and_resume(small_demo, tmp_path):
-    done = torchrun(HERE / "tars.py", *long_flags(small_demo, tmp_path / "whole"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("held-out questions") == 1
+    printed = run(*TWO, HERE / "tars.py", *long_flags(small_demo, tmp_path / "whole"))
+    assert printed.count("held-out questions") == 1
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               HERE / "tars.py", *long_flags(small_demo, out)]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = start(*TWO, HERE / "tars.py", *long_flags(small_demo, out))
     wait_for_steps(process, out, 3)
     children = [p for p in Path("/proc").glob("[0-9]*/stat")
                 if f" {process.pid} " in p.read_text().split(")", 1)[1][:20]]
     os.kill(int(children[-1].parent.name), signal.SIGKILL)  # one rank dies: the job ends
     assert process.wait(timeout=120) != 0
-    done = torchrun(HERE / "tars.py", *long_flags(small_demo, out), "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(*TWO, HERE / "tars.py", *long_flags(small_demo, out), "--resume")
     same_run(out, tmp_path / "whole")
 
 
 # ==== 12. The command =================================================================================================
-def test_settings_that_would_fail_late_fail_before_the_first_evaluation(small_demo, tmp_path):
-    for flags, says in ((["--layers", "3-9"], "--layers 3-9"), (["--layers", "deep"], "--layers deep")):
-        with pytest.raises(SystemExit, match=says):
-            tars.main([*long_flags(small_demo, tmp_path / "run"), *flags])
+def test_layers_that_the_model_lacks_are_refused_before_the_first_evaluation(small_demo, tmp_path):
+    with pytest.raises(SystemExit, match="--layers 3-9"):
+        tars.main([*long_flags(small_demo, tmp_path / "run"), "--layers", "3-9"])
     assert not (tmp_path / "run").exists()
 
 
-def test_main_runs_in_a_thread_with_a_notebooks_stdout_and_tells_what_it_uses(small_demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", out := io.StringIO())  # a notebook's has no reconfigure() either
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    flags = ["--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 1, "--questions-per-step", 2,
-             "--base-text-accuracy", 80]
-    flags += ["--data", small_demo / "val", "--eval-data", small_demo / "val"]
-    thread = threading.Thread(target=tars.main, args=([str(x) for x in flags],))
-    thread.start()
-    thread.join()
-    assert "8 of 8 questions of --eval-data are in --data too" in out.getvalue() and "cpu, float32\n" in out.getvalue()
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+def test_main_prints_the_gap_and_tells_what_it_uses(small_demo, tmp_path):
+    val, out = small_demo / "val", tmp_path / "run"
+    printed = here(tars, "--model", small_demo / "model", "--data", val, "--eval-data", val, "--out", out, "--steps", 1,
+                   "--questions-per-step", 2, "--base-text-accuracy", 80)
+    assert "8 of 8 questions of --eval-data are in --data too" in printed and "cpu, float32\n" in printed
+    summary = json.loads((out / "summary.json").read_text())
     # Eq. (1) with the text backbone's accuracy
     assert summary["mrr_after"] == pytest.approx(100 * summary["speech"] / 0.8)
-    assert f"after {100 * summary['speech']:>31.1f}"[:5] in out.getvalue()
-    assert f"{summary['mrr_after']:.1f}" in out.getvalue()
+    (after,) = [line.split() for line in printed.splitlines() if line.startswith("after")]
+    assert after[1:] == [f"{x:.1f}" for x in (100 * summary["speech"], 100 * summary["text"], summary["mrr_after"])]
 
 
 # ==== data_prep.py: the demo ==========================================================================================
@@ -1540,7 +1332,7 @@ def test_demo_sums_are_1210_and_right():
         value = eval(f"{a} {'+' if s == 'plus' else '-'} {b} {'+' if t == 'plus' else '-'} {c}")
         assert words[row["options"][row["answer_index"]]] == value and len(set(row["options"])) == 4
         answer = data_prep.worked_answer(data_prep.in_steps((a, s, b, t, c)), i % 4)
-        assert tars.format_reward(answer) == 1 and extract_answer(answer, row["options"]) == "ABCD"[i % 4]
+        assert tars.format_reward(answer) == 1 and tars.extract_answer(answer, row["options"]) == "ABCD"[i % 4]
 
 
 def test_demo_tokenizer_gives_back_the_exact_string(checkpoint):
@@ -1552,8 +1344,7 @@ def test_demo_tokenizer_gives_back_the_exact_string(checkpoint):
 
 
 def test_demo_lessons_are_right_and_weigh_what_is_to_be_learnt():
-    tokenizer, rng, known = data_prep.demo_tokenizer(
-        data_prep.demo_texts(np.random.default_rng(0))), np.random.default_rng(0), SUMS[:100]
+    tokenizer, rng, known = tiny_qwen()[1], np.random.default_rng(0), SUMS[:100]
     values = dict(zip(data_prep.DIGITS, range(10), strict=True))
     assert [kind for kind, _ in data_prep.lesson(known, rng, 0.27)] == ["look up"] * 24
     exercises = data_prep.lesson(known, rng, 0.29)
@@ -1616,22 +1407,14 @@ def test_clips_are_mixed_down_resampled_and_scaled():
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     assert len(clip) == 16_000 and np.abs(clip.numpy() - expected)[100:-100].max() < 0.01
     for kind, subtype in (("WAV", "FLOAT"), ("WAV", "PCM_U8"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III")):
-        soundfile.write(file := io.BytesIO(), expected, 16_000, format=kind, subtype=subtype)
-        clip = decode_clip(file.getvalue())
+        clip = decode_clip(wav(expected, 16_000, subtype, kind))
         assert abs(len(clip) - 16_000) < 2000 and 0.45 < clip[2000:-2000].abs().max() < 0.55
 
 
-def float_wav(samples):
-    """32-bit float samples as a WAV file."""
-    soundfile.write(file := io.BytesIO(), samples, 16_000, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    "data, says",
-    [(b"", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
-     (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 8_000), "longer than 300 s .301.00 s."),
-     (float_wav(np.full(8000, math.nan)), "NaN samples")], ids=lambda x: x if isinstance(x, str) else "clip")
+@pytest.mark.parametrize("data, says", [
+    (b"", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
+    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 8_000), "longer than 300 s .301.00 s."),
+    (wav(np.full(8000, math.nan), subtype="FLOAT"), "NaN samples")], ids=lambda x: x if isinstance(x, str) else "clip")
 def test_bad_clips_are_named(data, says):
     with pytest.raises(data_prep.Lost, match=says):
         decode_clip(data)
@@ -1644,10 +1427,9 @@ def replica(path, rows):
     datasets.Dataset.from_list(rows).to_parquet(path)
 
 
-def prepare(capsys, *arguments):
+def prepare(*arguments):
     """Run data_prep.py here; its final table as {line: number}."""
-    data_prep.main([str(a) for a in arguments])
-    lines = [line for line in capsys.readouterr().out.splitlines() if re.fullmatch(r".+\s[\d.]+", line)]
+    lines = [line for line in here(data_prep, *arguments).splitlines() if re.fullmatch(r".+\s[\d.]+", line)]
     return {line.rsplit(maxsplit=1)[0].strip().removeprefix("left out: "): float(line.split()[-1]) for line in lines}
 
 
@@ -1655,33 +1437,33 @@ ROW = {"key": "k0", "question": "Who?", "options": ["w", "x", "y", "z"], "answer
        "audio": tone(1.0, 44_100, channels=2), "tts_wer": 0.05}
 
 
-def test_tars_source(tmp_path, capsys):
+def test_tars_source(tmp_path):
     changes = [
-        {}, {"key": "k1", "question": "When?", "audio": tone(1.5, 24_000)}, {"audio": b"RIFFno"}, {"audio": b""},
-        {"audio": wav(np.zeros((16_000, 1), int))}, {"audio": tone(2.1, 16_000)}, {"options": list("vwxyz")},
-        {"answer_index": 4}, {"question": " "}, {"options": ["w", "", "y", "z"]}, {"options": list("wxxz")}, {}]
+        {"tts_wer": None}, {"key": "k1", "question": "When?", "audio": tone(1.5, 24_000)}, {"audio": b"RIFFno"},
+        {"audio": b""}, {"audio": wav(np.zeros((16_000, 1), int))}, {"audio": tone(2.1, 16_000)},
+        {"options": list("vwxyz")}, {"answer_index": 4}, {"question": " "}, {"options": ["w", "", "y", "z"]},
+        {"options": list("wxxz")}, {}]
     replica(tmp_path / "hub" / "train.parquet", [ROW | change for change in changes])
-    counts = prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 2)
+    counts = prepare("tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 2)
     assert counts == {
         "rows in": 12, "rows out": 2, "hours of audio": 0.0, "an unreadable clip": 1, "no clip": 1, "a silent clip": 1,
         "a clip longer than 2 s": 1, "other than four options": 1, "the answer is none of the options": 1,
         "an empty question": 1, "an empty option": 1, "two equal options": 1, "word for word an earlier row": 1}
     data = load_questions(tmp_path / "data")
-    assert data["key"] == ["k0", "k1"] and data["tts_wer"] == [0.05] * 2 and data["answer_index"] == [2, 2]
+    assert data["key"] == ["k0", "k1"] and data["tts_wer"] == [None, 0.05] and data["answer_index"] == [2, 2]
     assert [len(tars.read_clip(row["audio"]["bytes"])) for row in data] == [16_000, 24_000]
     assert data["seconds"] == [1, 1.5]
     assert {p.name for p in tmp_path.iterdir()} == {"hub", "data"}  # nothing half-done is left beside it
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [({"question": None}, "an empty question"), ({"question": "\u200b"}, "an empty question"),
-     ({"question": 7}, "question that is no text"), ({"options": "wxyz"}, "other than four options"),
-     ({"options": {"A": "w", "B": "x", "C": "y", "D": "z"}}, "other than four options"),
-     ({"options": ["w", None, "y", "z"]}, "an empty option"),
-     ({"options": ["w", 2, "y", "z"]}, "option that is no text"), ({"answer_index": 1.0}, "the answer is none"),
-     ({"answer_index": True}, "the answer is none"), ({"answer_index": -1}, "the answer is none"),
-     ({"prompt_for_tts": None}, "an empty prompt"), ({"audio": {"bytes": None, "path": None}}, "no clip")],
+@pytest.mark.parametrize("change, reason", [
+    ({"question": None}, "an empty question"), ({"question": "\u200b"}, "an empty question"),
+    ({"question": 7}, "question that is no text"), ({"options": "wxyz"}, "other than four options"),
+    ({"options": {"A": "w", "B": "x", "C": "y", "D": "z"}}, "other than four options"),
+    ({"options": ["w", None, "y", "z"]}, "an empty option"),
+    ({"options": ["w", 2, "y", "z"]}, "option that is no text"), ({"answer_index": 1.0}, "the answer is none"),
+    ({"answer_index": True}, "the answer is none"), ({"answer_index": -1}, "the answer is none"),
+    ({"prompt_for_tts": None}, "an empty prompt"), ({"audio": {"bytes": None, "path": None}}, "no clip")],
     ids=str)
 def test_a_cell_that_is_empty_or_of_another_type_loses_its_row(change, reason):
     row, args = ROW | {"audio": {"bytes": ROW["audio"], "path": None}}, SimpleNamespace(max_seconds=9)
@@ -1696,19 +1478,18 @@ ASKED = "\n\nWhat is the answer to the above multiple choice question? Select on
 FOUR = ["one", "two", "three", "four"]
 
 
-@pytest.mark.parametrize(
-    "prompt, question, options",
-    [("Q\nr?\nA. one\nB. two\n D\nC. three\nD. four" + ASKED, "Q r?", ["one", "two D", "three", "four"]),
-     ("Q?\nA. one\nB. two\nC. three\nD. fo\n\nur" + ASKED, "Q?", ["one", "two", "three", "fo ur"]),
-     ("Q?\nA.one\nB.two\nC.three\nD.four" + ASKED, "Q?", FOUR), ("Q?\nA) one\nB) two\nC) three\nD) four", "Q?", FOUR),
-     ("Q?\n(A) one\n(B) two\n(C) three\n(D) four" + ASKED, "Q?", FOUR),
-     ("Q?\nOption A: one\nOption B: two\nOption C: three\nOption D: four" + ASKED, "Q?", FOUR),
-     ("E. coli is\na.\u00a0one\nb. two\nc. three\nd. four" + ASKED, "E. coli is", FOUR),
-     ("Which?\nA. x is 1\nB. y is 2\nA. one\nB. two\nC. three\nD. four" + ASKED, "Which? A. x is 1 B. y is 2", FOUR),
-     ("Q?\nA. one\nB. two\nC. three\nD. four\n\nPick one.", "Q?", FOUR),
-     ("Q?\nA. one\nB. two\nC. three\nD. four\nPick one.", "no telling", None),
-     ("Q?\nA. one\nB. two" + ASKED, "other than four", None), ("Q?" + ASKED, "not recognised", None),
-     ("Q?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5" + ASKED, "other than four", None)])
+@pytest.mark.parametrize("prompt, question, options", [
+    ("Q\nr?\nA. one\nB. two\n D\nC. three\nD. four" + ASKED, "Q r?", ["one", "two D", "three", "four"]),
+    ("Q?\nA. one\nB. two\nC. three\nD. fo\n\nur" + ASKED, "Q?", ["one", "two", "three", "fo ur"]),
+    ("Q?\nA.one\nB.two\nC.three\nD.four" + ASKED, "Q?", FOUR), ("Q?\nA) one\nB) two\nC) three\nD) four", "Q?", FOUR),
+    ("Q?\n(A) one\n(B) two\n(C) three\n(D) four" + ASKED, "Q?", FOUR),
+    ("Q?\nOption A: one\nOption B: two\nOption C: three\nOption D: four" + ASKED, "Q?", FOUR),
+    ("E. coli is\na.\u00a0one\nb. two\nc. three\nd. four" + ASKED, "E. coli is", FOUR),
+    ("Which?\nA. x is 1\nB. y is 2\nA. one\nB. two\nC. three\nD. four" + ASKED, "Which? A. x is 1 B. y is 2", FOUR),
+    ("Q?\nA. one\nB. two\nC. three\nD. four\n\nPick one.", "Q?", FOUR),
+    ("Q?\nA. one\nB. two\nC. three\nD. four\nPick one.", "no telling", None),
+    ("Q?\nA. one\nB. two" + ASKED, "other than four", None), ("Q?" + ASKED, "not recognised", None),
+    ("Q?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5" + ASKED, "other than four", None)])
 def test_prompts_are_read_as_a_person_reads_them_or_lost(prompt, question, options):
     if options:
         assert data_prep.parse_prompt(prompt) == (question, options)
@@ -1717,24 +1498,24 @@ def test_prompts_are_read_as_a_person_reads_them_or_lost(prompt, question, optio
             data_prep.parse_prompt(prompt)
 
 
-def test_voicebench_sources(tmp_path, capsys):
+def test_voicebench_sources(tmp_path):
     prompt = "Which?\n" + "".join(f"{letter}. {word}\n" for letter, word in zip("ABCD", FOUR, strict=True)) + ASKED[1:]
     row = {"audio": tone(0.5, 24_000), "prompt": prompt, "reference": "B", "category": "law"}
     replica(tmp_path / "hub" / "mmsu" / "law-00000-of-00001.parquet", [row, row | {"prompt": "No options.\nWhat now?"}])
     replica(tmp_path / "hub" / "mmsu" / "physics-00000-of-00001.parquet",
             [row | {"category": "physics", "reference": "D"}, row | {"reference": "E"}])
     replica(tmp_path / "hub" / "openbookqa" / "test-00000-of-00001.parquet", [row])
-    counts = prepare(capsys, "voicebench-mmsu", "--origin", tmp_path / "hub", "--out", tmp_path / "mmsu")
+    counts = prepare("voicebench-mmsu", "--origin", tmp_path / "hub", "--out", tmp_path / "mmsu")
     assert counts == {"rows in": 4, "rows out": 2, "hours of audio": 0.0, "options not recognised": 1,
                       "the answer is none of the options": 1}
     data = load_questions(tmp_path / "mmsu")
     assert data["question"] == ["Which?"] * 2 and data["options"] == [FOUR] * 2
     assert data["answer_index"] == [1, 3] and data["category"] == ["law", "physics"]
-    prepare(capsys, "voicebench-obqa", "--origin", tmp_path / "hub", "--out", tmp_path / "obqa", "--limit", 1)
+    prepare("voicebench-obqa", "--origin", tmp_path / "hub", "--out", tmp_path / "obqa", "--limit", 1)
     assert len(load_questions(tmp_path / "obqa")) == 1
 
 
-def test_sources_take_their_own_split_and_overwrite_nothing(tmp_path, capsys):
+def test_sources_take_their_own_split_and_overwrite_nothing(tmp_path):
     row = {"question": "Who?", "subject": "s", "choices": ["w", "x", "y", "z"], "answer": 1}
     for name in ("auxiliary_train", "test", "validation"):
         replica(tmp_path / "hub" / "all" / f"{name}-00000-of-00001.parquet", [row | {"question": f"{name}?"}])
@@ -1744,71 +1525,65 @@ def test_sources_take_their_own_split_and_overwrite_nothing(tmp_path, capsys):
     one = tmp_path / "hub" / "all" / "test-00000-of-00001.parquet"
     assert data_prep.open_source(source, str(one))["question"] == ["test?"]  # a file that is given is taken
     with pytest.raises(SystemExit, match="exists already"):
-        prepare(capsys, "mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "hub")
-
-
-def test_columns_that_are_null_at_first_keep_their_type(tmp_path, capsys):
-    rows = [ROW | {"key": f"k{i}", "question": f"{i}?", "tts_wer": None if i < 3 else 0.1} for i in range(5)]
-    replica(tmp_path / "hub" / "train.parquet", rows)
-    prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data")
-    assert load_questions(tmp_path / "data")["tts_wer"] == [None] * 3 + [0.1] * 2
+        prepare("mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "hub")
 
 
 TABLE = "question,A,B,C,D,answer,wav\nWho?,NA,007,y,z,C,1.wav\n"
 
 
-@pytest.mark.parametrize(
-    "text, lost",
-    [(TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}),
-     (TABLE + "When?,w,x,y,z,C,\n", {"no recording, and no dash that asks for a voice": 1}),
-     (TABLE + "When?,w,x,y\n,,,,,,\n", {"the answer is none of the options": 2}),
-     (TABLE + "When?,w,x,y,z,C,2.wav\n", {"no clip": 1})],
+@pytest.mark.parametrize("text, lost", [
+    (TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}),
+    (TABLE + "When?,w,x,y,z,C,\n", {"no recording, and no dash that asks for a voice": 1}),
+    (TABLE + "When?,w,x,y\n,,,,,,\n", {"the answer is none of the options": 2}),
+    (TABLE + "When?,w,x,y,z,C,2.wav\n", {"no clip": 1})],
     ids=["a comma too many", "no recording", "short and blank rows", "no file"])
-def test_rows_of_a_table_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys, monkeypatch, text, lost):
+def test_rows_of_a_table_that_cannot_be_used_are_left_out_and_counted(tmp_path, monkeypatch, text, lost):
     monkeypatch.setattr(data_prep, "Voice", lambda *args: pytest.fail("no row asks for a voice"))
     (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
     (tmp_path / "questions.csv").write_text(text)
-    counts = prepare(capsys, "csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data")
+    counts = prepare("csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data")
     assert counts == {"rows in": 1 + sum(lost.values()), "rows out": 1, "hours of audio": 0.0} | lost
     (row,) = load_questions(tmp_path / "data")
     assert (row["question"], row["options"], row["seconds"]) == ("Who?", ["NA", "007", "y", "z"], 1.0)
 
 
-def test_tables_with_and_without_recordings_are_spoken_where_they_ask_for_it(tmp_path, capsys, monkeypatch):
+def test_tables_with_and_without_recordings_are_spoken_where_they_ask_for_it(tmp_path, monkeypatch):
     voice = CountingVoice()
     monkeypatch.setattr(data_prep, "Voice", lambda *args: voice)
-    monkeypatch.setattr(data_prep, "Listener", lambda *args: Echo(voice))
+    monkeypatch.setattr(data_prep, "Listener", lambda *args: voice)
     (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
     (tmp_path / "some.csv").write_text(TABLE + "When?,w,x,y,z,C,-\nWhere?,w,x,y,z,C,\n")
     (tmp_path / "none.csv").write_text("question,A,B,C,D,answer\nWho?,w,x,y,z,C\n")
     for name, rows, readings in (("some", 2, 2), ("none", 1, 1)):  # the first reading of row 1 is heard wrong
         voice.seeds.clear()
-        counts = prepare(capsys, "csv", "--origin", tmp_path / f"{name}.csv", "--out", tmp_path / name)
+        counts = prepare("csv", "--origin", tmp_path / f"{name}.csv", "--out", tmp_path / name)
         assert counts["rows out"] == rows and len(voice.seeds) == readings
 
 
-def test_a_stopped_conversion_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
     replica(tmp_path / "hub" / "train.parquet", [ROW | {"question": f"Who is {i}?"} for i in range(4)])
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(datasets.Dataset, "from_list", stopped)
     with pytest.raises(KeyboardInterrupt):
-        prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--limit", 3)
+        prepare("tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--limit", 3)
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="other settings .max_seconds."):
-        prepare(capsys, "tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 5)
+        prepare("tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 5)
     part = tmp_path / "data.part"
     kept = (part / "0.wav").stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data_prep.shutil, "rmtree", lambda path: None)
-    prepare(capsys, "tars", "--origin", "hub", "--out", "data")  # the limit and the path's spelling may differ
+    prepare("tars", "--origin", "hub", "--out", "data")  # the limit and the path's spelling may differ
     assert (part / "0.wav").stat().st_mtime_ns == kept
     assert [len(tars.read_clip(row["audio"]["bytes"])) for row in load_questions("data")] == [16_000] * 4
 
 
 class CountingVoice:
-    """A voice that counts its readings, and is interrupted at one of them."""
+    """A voice that counts its readings, is interrupted at one of them, and hears itself: of question 1 the first
+    reading wrong, and in question 2 never option d.
+    """
 
     def __init__(self, stop_at=None):
         self.seeds, self.stop_at = [], stop_at
@@ -1820,29 +1595,22 @@ class CountingVoice:
         self.text = text
         return torch.tensor(np.random.default_rng(seed).uniform(-0.5, 0.5, 8000), dtype=torch.float32)
 
-
-class Echo:
-    """A listener that hears the first reading of question 1 wrong and never gets to option d in question 2."""
-
-    def __init__(self, voice):
-        self.voice = voice
-
     def transcribe(self, waveform):
-        index, attempt = self.voice.seeds[-1][1:]
+        index, attempt = self.seeds[-1][1:]
         if (index, attempt) == (1, 0):
             return "something else altogether option d"
-        return self.voice.text.split("Option D")[0] if index == 2 else self.voice.text
+        return self.text.split("Option D")[0] if index == 2 else self.text
 
 
-def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_path, capsys, monkeypatch):
+def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_path, monkeypatch):
     row = {"question": "The capital of France is ____.", "subject": "s", "choices": FOUR, "answer": 1}
     questions = ("Which is it?", "What else?", "long " * 500, "2 + 2 = ___, 5 - ___ = 1?", "Is 2 -> 3?")
     rows = [row, *(row | {"question": question} for question in questions)]
     replica(tmp_path / "hub" / "all" / "auxiliary_train-00000-of-00001.parquet", rows)
     arguments, voices = ("mmlu", "--origin", tmp_path / "hub", "--tries", 3, "--out"), [CountingVoice()]
     monkeypatch.setattr(data_prep, "Voice", lambda *args: voices[-1])
-    monkeypatch.setattr(data_prep, "Listener", lambda *args: Echo(voices[-1]))
-    counts = prepare(capsys, *arguments, tmp_path / "whole")
+    monkeypatch.setattr(data_prep, "Listener", lambda *args: voices[-1])
+    counts = prepare(*arguments, tmp_path / "whole")
     assert counts == {"rows in": 6, "rows out": 4, "hours of audio": 0.0, "option d not heard, 3 tries": 1,
                       "longer than 2000 characters": 1}
     assert [seed[1:] for seed in voices[0].seeds] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (4, 0), (5, 0)]
@@ -1854,11 +1622,11 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
     # Interrupted at its fifth reading, in the middle of question 2, then a line torn by a crash.
     voices.append(CountingVoice(stop_at=4))
     with pytest.raises(KeyboardInterrupt):
-        prepare(capsys, *arguments, tmp_path / "parts")
+        prepare(*arguments, tmp_path / "parts")
     with open(tmp_path / "parts.part" / "rows.jsonl", "a") as torn:
         torn.write('{"row": {"key": "mm')
     voices.append(CountingVoice())
-    prepare(capsys, *arguments, tmp_path / "parts")
+    prepare(*arguments, tmp_path / "parts")
     assert [seed[1:] for seed in voices[2].seeds] == [(2, 0), (2, 1), (2, 2), (4, 0), (5, 0)]
     assert load_questions(tmp_path / "parts").to_list() == data.to_list()
 
@@ -1884,32 +1652,30 @@ def test_a_reading_is_kept_below_ten_percent_of_wrong_words(tmp_path, capsys, mo
     assert capsys.readouterr().out.count("none of the first ten rows is kept: facebook/mms-tts-eng and openai") == 1
 
 
-@pytest.mark.parametrize(
-    "text, spoken",
-    [("342", "three hundred forty two"), ("1,000,017", "one million seventeen"), ("3.14", "three point one four"),
-     ("007", "zero zero seven"), (".05", "zero point zero five"), ("from -5 to 3", "from minus five to three"),
-     ("the 2nd and 21st", "the second and twenty first"), ("in 1984", "in nineteen eighty four"),
-     ("July 4, 1776", "july four seventeen seventy six"), ("the 1990s", "the nineteen nineties"),
-     ("1984 people", "one thousand nine hundred eighty four people"), ("at 3:30 p.m. or", "at three thirty p m or"),
-     ("10:00 AM", "ten a m"), ("at 10:00", "at ten o'clock"), ("at 9:05", "at nine oh five"), ("$1", "one dollar"),
-     ("$5.50", "five dollars and fifty cents"), ("$3 million", "three million dollars"), ("£0.50", "fifty pence"),
-     ("a $10 bill", "a ten dollar bill"), ("5-10 days", "five to ten days"), ("10 - 3", "ten minus three"),
-     ("1½ cups", "one and one half cups"), ("x² + y = 4", "x squared plus y equals four"),
-     ("x ≤ 3", "x is less than or " "equal to three"), ("3 × 4", "three times four"),
-     ("9.8 m/s", "nine point eight meters per second"), ("1 kg", "one kilogram"), ("50 Hz", "fifty hertz"),
-     ("a 6 ft wall", "a six foot wall"), ("20%", "twenty percent"), ("20 °C", "twenty degrees celsius"),
-     ("α-decay", "alpha decay"), ("café", "cafe"), ("St. Augustine", "saint augustine"),
-     ("Dr. Smith vs. Mr. Jones", "doctor smith versus mister jones"), ("U.S. law", "u s law"), ("and/or", "and or"),
-     ("Who?\nOption A: I", "who. option a i"), ("don’t (ever) 'go'", "don't ever go"), ("well-known", "well known")])
+@pytest.mark.parametrize("text, spoken", [
+    ("342", "three hundred forty two"), ("1,000,017", "one million seventeen"), ("3.14", "three point one four"),
+    ("007", "zero zero seven"), (".05", "zero point zero five"), ("from -5 to 3", "from minus five to three"),
+    ("the 2nd and 21st", "the second and twenty first"), ("in 1984", "in nineteen eighty four"),
+    ("July 4, 1776", "july four seventeen seventy six"), ("the 1990s", "the nineteen nineties"),
+    ("1984 people", "one thousand nine hundred eighty four people"), ("at 3:30 p.m. or", "at three thirty p m or"),
+    ("10:00 AM", "ten a m"), ("at 10:00", "at ten o'clock"), ("at 9:05", "at nine oh five"), ("$1", "one dollar"),
+    ("$5.50", "five dollars and fifty cents"), ("$3 million", "three million dollars"), ("£0.50", "fifty pence"),
+    ("a $10 bill", "a ten dollar bill"), ("5-10 days", "five to ten days"), ("10 - 3", "ten minus three"),
+    ("1½ cups", "one and one half cups"), ("x² + y = 4", "x squared plus y equals four"),
+    ("x ≤ 3", "x is less than or " "equal to three"), ("3 × 4", "three times four"),
+    ("9.8 m/s", "nine point eight meters per second"), ("1 kg", "one kilogram"), ("50 Hz", "fifty hertz"),
+    ("a 6 ft wall", "a six foot wall"), ("20%", "twenty percent"), ("20 °C", "twenty degrees celsius"),
+    ("α-decay", "alpha decay"), ("café", "cafe"), ("St. Augustine", "saint augustine"),
+    ("Dr. Smith vs. Mr. Jones", "doctor smith versus mister jones"), ("U.S. law", "u s law"), ("and/or", "and or"),
+    ("Who?\nOption A: I", "who. option a i"), ("don’t (ever) 'go'", "don't ever go"), ("well-known", "well known")])
 def test_spelled_out_as_a_person_says_it(text, spoken):
     assert data_prep.spell_out(text) == spoken
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["x != y", "5!", "|x|", "$1.5M", "i++", "a == b", "A -> B", "C6H12O6", "Fe2(SO4)3", "https://example.com", "5-10",
-     "3:1", "ratio 3:15", "x_1", "x^2", "1/2", "9/11", "f(x)", "(x + 1)(x - 1)", "I and III", "COVID-19", "3D", "2x",
-     "1.2.3", "12,34", r"\frac{a}{b}", "$x$", "9.8 m/s²", "5 * 3", "[1]", "#1", "~5", "Main St. today", "北京", "😀"])
+@pytest.mark.parametrize("text", [
+    "x != y", "5!", "|x|", "$1.5M", "i++", "a == b", "A -> B", "C6H12O6", "Fe2(SO4)3", "https://example.com", "5-10",
+    "3:1", "ratio 3:15", "x_1", "x^2", "1/2", "9/11", "f(x)", "(x + 1)(x - 1)", "I and III", "COVID-19", "3D", "2x",
+    "1.2.3", "12,34", r"\frac{a}{b}", "$x$", "9.8 m/s²", "5 * 3", "[1]", "#1", "~5", "Main St. today", "北京", "😀"])
 def test_what_no_rule_says_is_lost_and_not_guessed(text):
     with pytest.raises(data_prep.Lost, match="no rule"):
         data_prep.spell_out(text)
@@ -2053,19 +1819,11 @@ def test_intervals_by_hand():
     assert evaluation.paired_difference([1.0], [3.0]) == (-2, pytest.approx(math.nan, nan_ok=True), 0)
 
 
-def measure(capsys, *arguments):
-    """Run eval.py here; what it printed."""
-    capsys.readouterr()
-    evaluation.main([str(a) for a in arguments])
-    return capsys.readouterr().out
-
-
-def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_run, tmp_path, capsys):
-    out, _ = small_run
-    command = ("--model", small_demo / "model", "--adapter", out / "a", "--data", small_demo / "test",
+def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_run, tmp_path):
+    command = ("--model", small_demo / "model", "--adapter", small_run, "--data", small_demo / "test",
                small_demo / "val", "--eval-batch", 16, "--out", tmp_path / "eval")
-    printed = measure(capsys, *command)
-    base, tuned = [line.split() for line in printed.splitlines() if line.startswith(("base", str(out)))]
+    printed = here(evaluation, *command)
+    base, tuned = [line.split() for line in printed.splitlines() if line.startswith(("base", str(small_run)))]
     files = sorted((tmp_path / "eval").iterdir())
     records = {f.name[: f.name.rfind("-")]: data_prep.read_lines(f)[1:] for f in files}
     assert set(records) == {"a-test", "a-val", "base-test", "base-val"}
@@ -2089,8 +1847,8 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
     # stopped in the middle of a batch, in the middle of a line: the same file again
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[: len(whole) // 2])
-    assert measure(capsys, *command) == printed and files[1].read_bytes() == whole
-    fixed = measure(capsys, *command, "--base-text-accuracy", 80).splitlines()
+    assert here(evaluation, *command) == printed and files[1].read_bytes() == whole
+    fixed = here(evaluation, *command, "--base-text-accuracy", 80).splitlines()
     assert float(next(line for line in fixed if line.startswith("base")).split()[-1]) == pytest.approx(
         speech / 0.8, abs=0.1)
 
@@ -2138,11 +1896,11 @@ def test_cascade_answers_what_was_heard(lm, questions):
     prompt = lm.tokenizer(text, return_tensors="pt").input_ids
     expected = lm.model.generate(
         inputs_embeds=lm.embed_tokens(prompt), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
-        attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=placeholders(lm))
+        attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=lm.placeholder_ids.tolist())
     assert records[3]["completion"] == lm.tokenizer.decode(expected[0], skip_special_tokens=True)
 
 
-def test_asr_asks_under_a_neutral_system_text(lm, small_demo, tmp_path, monkeypatch, capsys):
+def test_asr_asks_under_a_neutral_system_text(lm, small_demo, monkeypatch):
     asked, questions = [], load_questions(small_demo / "val")
     perfect = [f"<think>x</think><answer>{q['prompt_for_tts']}</answer>" for q in questions]
     monkeypatch.setattr(lm, "tokenizer", evaluation.byte_tokenizer(lm.family))  # the demo's cannot write the request
@@ -2150,7 +1908,7 @@ def test_asr_asks_under_a_neutral_system_text(lm, small_demo, tmp_path, monkeypa
     monkeypatch.setattr(lm, "rollout", lambda prompts, *args, **kwargs: asked.extend(prompts) or ("ids", "mask", "cut"))
     monkeypatch.setattr(lm, "detokenize", lambda ids, mask: perfect)
     monkeypatch.setattr(SpeechLM, "from_pretrained", lambda path: lm)
-    printed = measure(capsys, "--asr", "--model", small_demo / "model", "--data", small_demo / "val", "--eval-batch", 8)
+    printed = here(evaluation, "--asr", "--model", small_demo / "model", "--data", small_demo / "val")
     assert printed.splitlines()[-1].split() == ["base", "0.0", "+-", "0.0"]  # a perfect transcript, tags and all
     neutral = lm.family.before_user.replace(tars.SYSTEM_PROMPT, "You are a helpful assistant.")
     system, end = (lm.embed_text(text, special=True) for text in (neutral, lm.family.after_user))
@@ -2159,13 +1917,13 @@ def test_asr_asks_under_a_neutral_system_text(lm, small_demo, tmp_path, monkeypa
     assert torch.equal(asked[0][0][-len(request) :], request)
 
 
-def test_ask_answers_a_clip_or_a_written_question(small_demo, small_run, tmp_path, capsys):
-    adapter, question = small_run[0] / "a", load_questions(small_demo / "test")[0]
+def test_ask_answers_a_clip_or_a_written_question(small_demo, small_run, tmp_path):
+    adapter, question = small_run, load_questions(small_demo / "test")[0]
     (tmp_path / "clip.wav").write_bytes(question["audio"]["bytes"])
     question["audio"]["bytes"] = data_prep.wav_bytes(decode_clip(question["audio"]["bytes"]))  # converted as any clip
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
     asked = (tmp_path / "clip.wav", tars.written_question(question))
-    printed = [measure(capsys, "--model", small_demo / "model", "--adapter", adapter, "--ask", x) for x in asked]
+    printed = [here(evaluation, "--model", small_demo / "model", "--adapter", adapter, "--ask", x) for x in asked]
     prompts = lm.embed_prompts([question])[0]  # [P, H] of the spoken, and of the written question
     for name in ("base", adapter):
         if name != "base":
@@ -2183,7 +1941,7 @@ def test_the_pages_lines_use_an_adapter_with_transformers_and_peft_alone(small_d
     question = load_questions(small_demo / "test")[0]
     (tmp_path / "clip.wav").write_bytes(question["audio"]["bytes"])
     places = {
-        "Qwen/Qwen2.5-Omni-7B": small_demo / "model", '"runs/omni"': f'"{small_run[0] / "a"}"',
+        "Qwen/Qwen2.5-Omni-7B": small_demo / "model", '"runs/omni"': f'"{small_run}"',
         "clip.wav": tmp_path / "clip.wav", "runs/merged": tmp_path / "merged",
         "max_new_tokens=1024": "max_new_tokens=26",
         r"Which is heaviest?\n\nOption A: iron\nOption B: gold\nOption C: wood\nOption D: ice": tars.written_question(
@@ -2193,7 +1951,7 @@ def test_the_pages_lines_use_an_adapter_with_transformers_and_peft_alone(small_d
         code = code.replace(place, str(here))
     printed = run("-c", code).splitlines()
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
-    evaluation.load_adapter(lm, small_run[0] / "a")
+    evaluation.load_adapter(lm, small_run)
     cfg = Config(max_new_tokens=26)
     assert printed[-2:] == [r["completion"] for r in tars.answer_greedily(lm, [question], tars.extract_answers, cfg)]
     merged, ids = SpeechLM.from_pretrained(str(tmp_path / "merged")), torch.arange(20).view(1, 2, 2, 5) % 20 + 8
@@ -2220,13 +1978,12 @@ def test_layer_cosines_teacher_force_the_text_answer_under_both_prompts(lm, ques
     assert evaluation.token_cosines(speech, text, mask).item() == pytest.approx(mean, abs=1e-5)
 
 
-def test_figures_and_the_cosines_of_each_layer(small_demo, small_run, tmp_path, capsys):
+def test_figures_and_the_cosines_of_each_layer(small_demo, small_run, uninterrupted, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed; it is needed for figures alone")
-    out, _ = small_run
-    printed = measure(capsys, "--model", small_demo / "model", "--adapter", out / "a", "--layers", "--limit", 8,
+    printed = here(evaluation, "--model", small_demo / "model", "--adapter", small_run, "--layers", "--limit", 8,
                       "--plot", tmp_path / "layers.png")
     assert [line.split()[0] for line in printed.splitlines()[1:6]] == ["layer", "1", "2", "3", "4"]
-    measure(capsys, "--curves", out / "a", out / "b", "--plot", tmp_path / "curves.png")
+    here(evaluation, "--curves", small_run, uninterrupted, "--plot", tmp_path / "curves.png")
     for name in ("layers.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -2246,7 +2003,7 @@ def finished_run(folder, seed, accuracies, content=None, **settings):
     return str(folder)
 
 
-def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys):
+def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path):
     grpo = {"alpha": 0.0, "beta": 0.0}
     runs = [finished_run(tmp_path / f"{name}{seed}", seed, [(a, 1.0), (b, c)], **settings)
             for name, seed, settings, a, b, c in (
@@ -2254,7 +2011,7 @@ def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys
                 ("tars", 2, {}, 0.6, 0.6, 0.8), ("tars", 3, {}, 0.6, 1.0, 1.0),
                 ("sft", 1, grpo | {"method": "sft", "rounds": 1}, 0.6, 0.7, 1.0))]
     (tmp_path / "stopped").mkdir()
-    printed = measure(capsys, "--compare", *reversed(runs), tmp_path / "stopped")
+    printed = here(evaluation, "--compare", *reversed(runs), tmp_path / "stopped")
     assert f"{tmp_path}/stopped is left out" in printed
     rows = [re.split(r"  +", line.strip()) for line in printed.splitlines()]
     # Plain GRPO comes first; it ends at 60 and 50. TARS ends at 80, 60, 100, and is ahead by 20 and 10 on seeds 1 and
@@ -2275,14 +2032,14 @@ def test_compare_groups_runs_by_settings_and_pairs_them_by_seed(tmp_path, capsys
         evaluation.main(["--compare", str(tmp_path / "stopped")])
 
 
-def test_explain_works_one_group_through_with_the_settings_of_a_run(small_demo, tmp_path, capsys):
+def test_explain_works_one_group_through_with_the_settings_of_a_run(small_demo, tmp_path):
     cfg = Config(model=str(small_demo / "model"), data=str(small_demo / "train"), embedder="ngrams", alpha=0.5,
                  beta=2.0, group_size=4, max_new_tokens=26, joint_norm=True, layers="2-3")
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
     number = r"([+-]?[\d.]+)"
     for flags, alpha, beta, half in (["--model", small_demo / "model", "--explain"], 10, 10, 4), (
         ["--explain", tmp_path], 0.5, 2, 2):
-        printed = measure(capsys, *flags)
+        printed = here(evaluation, *flags)
         assert max(map(len, printed.splitlines())) <= 100
         for function in ("rollout", "base_reward", "pick_references", "representation_reward", "behavior_reward",
                          "total_reward", "modality_advantages", "grpo_loss"):
@@ -2309,19 +2066,19 @@ def test_explain_works_one_group_through_with_the_settings_of_a_run(small_demo, 
         assert (R, A) == (pytest.approx(answer["reward"], abs=0.001), pytest.approx(answer["advantage"], abs=0.001))
 
 
-def test_random_weights_rehearse_full_length_answers_without_a_download(tmp_path, capsys):
+def test_random_weights_rehearse_full_length_answers_without_a_download(tmp_path):
     config = tiny_qwen()[0].config
     config.text_config.vocab_size = 400
     config.save_pretrained(tmp_path)
     flags = ("--random-weights", tmp_path, "--audio-seconds", 2, "--questions-per-step", 2, "--max-new-tokens")
-    head, _, second = measure(capsys, *flags, 7).splitlines()[-3:]
+    head, _, second = here(evaluation, *flags, 7).splitlines()[-3:]
     assert head.split() == "step embed rollout forward backward, rest total s tokens/s peak GiB".split()
     *phases, total, speed, _ = map(float, second.split()[1:])
     assert sum(phases) == pytest.approx(total, abs=0.05)
     assert 112 / (total + 0.01) - 1 < speed < 112 / (total - 0.01) + 1  # each of 2 x 8 answers has 7 tokens
     assert {p.name for p in tmp_path.iterdir()} == {"config.json"}
     # the mean of 16 geometric lengths of mean 4, standard error 0.9
-    for step in measure(capsys, *flags, 40, "--mean-tokens", 4).splitlines()[-2:]:
+    for step in here(evaluation, *flags, 40, "--mean-tokens", 4).splitlines()[-2:]:
         total, speed = map(float, step.split()[-3:-1])
         assert 1.3 < speed * total / 16 < 8, step
 
@@ -2343,7 +2100,7 @@ def test_the_sheet_is_the_project_without_the_method(tmp_path):
 
 
 @pytest.mark.parametrize("method, flags", [("sft", ["--rounds", "2"]), ("dpo", [])])
-def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, capsys, method, flags):
+def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, method, flags):
     here(baselines, method, *flags, "--model", small_demo / "model", "--out", tmp_path / "run", "--steps", 4,
          "--questions-per-step", 4, "--lr", 0.003, "--eval-every", 2)
     lines = data_prep.read_lines(tmp_path / "run" / "log.jsonl")
@@ -2351,7 +2108,7 @@ def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, capsys, 
     assert lines[0]["loss"] > 0 and (method == "sft" or lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5))
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
     evaluation.load_adapter(lm, tmp_path / "run")
-    assert "no adapter" not in measure(capsys, "--model", small_demo / "model", "--adapter", tmp_path / "run",
+    assert "no adapter" not in here(evaluation, "--model", small_demo / "model", "--adapter", tmp_path / "run",
                                        "--limit", 4, "--out", tmp_path / "eval")
 
 

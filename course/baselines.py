@@ -70,19 +70,18 @@ def offline_answers(method, lm, questions, prompts, extract, cfg, generator):
     """For each question the sampled answers of ANSWERS[method], ids [C] that end with the end-of-turn.
     At most 100 samples are drawn for each; None for a question that then lacks one. prompts: B lists of M [P, H].
     """
-    found = [[None] * len(ANSWERS[method]) for _ in questions]
+    found = [{} for _ in questions]  # of each question {k: ids}
     for k, (modality, right) in enumerate(ANSWERS[method]):
         for _ in range(100 // 4):
-            missing = [i for i, answers in enumerate(found) if answers[k] is None]
+            missing = [i for i, answers in enumerate(found) if k not in answers]
             if not missing:
                 break
             asked = [[prompts[i][modality]] for i in missing]
             ids, mask, cut = lm.rollout(asked, 4, cfg.max_new_tokens, cfg.temperature, generator)  # [n, 1, 4, C]
             acc = judge([questions[i] for i in missing], lm.detokenize(ids, mask), extract)[1]  # [n, 4]
             for n, s in ((acc.to(lm.device) == right) & ~cut[:, 0]).nonzero().tolist():
-                if found[missing[n]][k] is None:
-                    found[missing[n]][k] = ids[n, 0, s][mask[n, 0, s] == 1]
-    return [answers if all(ids is not None for ids in answers) else None for answers in found]
+                found[missing[n]].setdefault(k, ids[n, 0, s][mask[n, 0, s] == 1])  # the first
+    return [[*answers.values()] if len(answers) == len(ANSWERS[method]) else None for answers in found]
 
 
 def offline_loss(method, lm, prompts, answers, beta=0.1):
@@ -90,11 +89,9 @@ def offline_loss(method, lm, prompts, answers, beta=0.1):
     of K answers, ids [C] each, as offline_answers finds them. DPO's base model is the model without its LoRA.
     """
     spoken = [[question[SPEECH]] for question in prompts]
-    K, C = len(answers[0]), max(len(ids) for question in answers for ids in question)
-    ids, mask = torch.zeros(2, len(answers), 1, K, C, dtype=torch.long, device=lm.device)  # [b, 1, K, C] each
-    for b, question in enumerate(answers):
-        for k, answer in enumerate(question):
-            ids[b, 0, k, : len(answer)], mask[b, 0, k, : len(answer)] = answer, 1
+    rows = [ids for question in answers for ids in question]  # b * K of [C]
+    ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True).unflatten(0, (len(answers), 1, -1))
+                 for x in (rows, [torch.ones_like(ids) for ids in rows]))  # [b, 1, K, C] each
     if method == "dpo":
         with torch.no_grad(), lora_weights(lm):
             base, _ = lm.score(spoken, ids, mask, 1.0)  # [b, 1, 2, C]

@@ -4,18 +4,16 @@ Numbers are worked out by hand or in loops. A wrong value that a common mistake 
 """
 
 import functools
-import inspect
 import math
 
 import baselines  # finds the project's folder
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import tars
 import test_tars
-from tars import TEXT, Config, LoRALinear, Qwen25Omni, SpeechLM
+from tars import TEXT, Config, LoRALinear, Qwen25Omni, SpeechLM, attach_lora
 from test_tars import cos, four_answers, four_questions, perturb, plain_logps, random_, tiny_qwen, uncut
 
 
@@ -72,8 +70,7 @@ def test_exercise_01_base_reward_and_format_reward():
         (whole.replace("</think>", ""), 0.0, "the thought ends before the answer begins"),
         ("<think>The answer is B.</think><answer>No idea.</answer>", 0.0, "the letter stands in the answer"),
         (whole.replace("B:", "Bob:"), 0.0, "A, B, C or D is the answer, and `.`, `:` or `,` follows the letter"),
-        (whole.replace("B:", "b:"), 0.0, "the words and the letter count as they are written, capitals too"),
-    ):
+        (whole.replace("B:", "b:"), 0.0, "the words and the letter count as they are written, capitals too")):
         teach(tars.format_reward(completion) == wanted, sentence)
 
 
@@ -202,7 +199,7 @@ def test_exercise_07_total_reward_and_modality_recovery_rate():
 
 @exercise
 def test_exercise_08_lora():
-    linear = nn.Linear(3, 2)
+    linear = torch.nn.Linear(3, 2)
     lora, x = LoRALinear(linear, rank=2, alpha=8), random_(5, 3).float()
     frozen = x @ linear.weight.T + linear.bias  # [5, out]
     lora.lora_B.data = random_(2, 2, seed=1).float()
@@ -213,7 +210,7 @@ def test_exercise_08_lora():
         "the update is scaled by alpha / r: you multiply by alpha": frozen + 8 * update})
     lora(x).sum().backward()
     teach(lora.lora_A.grad is not None, "A and B are what is trained: no gradient reaches them")
-    lora = LoRALinear(nn.Linear(2, 1, bias=False).bfloat16(), rank=1, alpha=1)
+    lora = LoRALinear(torch.nn.Linear(2, 1, bias=False).bfloat16(), rank=1, alpha=1)
     lora.linear.weight.data.zero_()
     lora.lora_A.data, lora.lora_B.data = torch.tensor([[1 + 2**-10, -1.0]]), torch.tensor([[1.0]])
     y = lora(torch.ones(2, dtype=torch.bfloat16))
@@ -233,8 +230,7 @@ def test_exercise_09_paired_rows():
         (not first.triu(1).any(), "a token sees what stands before it: yours sees the future"),
         (not first[4, 2:4].any() and not first[7, 6], "an answer does not see another answer to the same prompt"),
         (not first[5:8, :5].any(), "the written prompt and its answers see nothing of the spoken ones"),
-        (first[2:5, :2].all() and first[6:8, 5].all(), "an answer sees the whole of its own prompt"),
-    ):
+        (first[2:5, :2].all() and first[6:8, 5].all(), "an answer sees the whole of its own prompt")):
         teach(holds, sentence)
     prompt, parts = (0, 0, 0, 3, 3, 3, 6), ((0, 0, 1, 1, 2, 3, 4, 5, 6), (0, 1, 1, 2, 2, 3, 3, 4, 5))
     wanted = [[[j <= i and of[j] in (of[i], prompt[of[i]]) for j in range(9)] for i in range(9)] for of in parts]
@@ -257,36 +253,23 @@ def test_exercise_09_paired_rows():
 @exercise
 def test_exercise_10_train_step(monkeypatch):
     lm, questions = SpeechLM(Qwen25Omni, *tiny_qwen()), four_questions()
-    perturb(lm)
-    parameters, answers = [p for p in lm.decoder.parameters() if p.requires_grad], four_answers(lm)
+    parameters, answers = perturb(attach_lora(lm, 8, 32)), four_answers(lm)
     for tensor in answers:  # the right written answer is the second, the first, the second, the first
         tensor[[1, 3], 1] = tensor[[1, 3], 1].flip(1)
-    cut, drawn, given, generator = uncut(answers[1]), [], {}, torch.Generator().manual_seed(0)
+    cut = uncut(answers[1])
     cut[0, 0, 1] = cut[2, TEXT, 1] = True  # the second is the right written answer of the third question
-    plain_pick = tars.pick_references
-
-    def rollout(*args, **kwargs):
-        given.update(inspect.signature(SpeechLM.rollout).bind(lm, *args, **kwargs).arguments)
-        return [*answers, cut]
-
-    monkeypatch.setattr(lm, "rollout", rollout)
-    monkeypatch.setattr(tars, "pick_references", lambda *args: drawn.append(plain_pick(*args)) or drawn[-1])
 
     def graded(condition, **settings):
         """One step with some settings against the straightforward one, stage by stage."""
-        drawn.clear()
-        optimizer = test_tars.Recorder(parameters, 0.0)  # the rate is 0: the weights stay as they are
-        cfg = Config(**{"group_size": 4, "max_new_tokens": 40, "max_grad_norm": 1e9} | settings)
-        _, group = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, generator)
-        asked = given["samples"], given["max_new_tokens"], given["temperature"], given.get("generator")
-        teach(asked == (2, 40, cfg.temperature, generator),
-              "stage 2: G/2 samples of each prompt, max_new_tokens, temperature, and the generator")
-        compare(drawn[0], [[1, 1], [0, 0], [-1, -1], [0, 0]],
+        cfg = Config(**settings)
+        _, group, drawn, gradients = test_tars.one_step(  # the rate is 0: the weights stay as they are
+            lm, questions, answers, cut, monkeypatch, parameters, lr=0.0, max_new_tokens=40, **settings)
+        compare(drawn, [[1, 1], [0, 0], [-1, -1], [0, 0]],
                 "stage 3: references are correct written answers that are not cut; the drawn index")
 
         def wanted(cut=cut, **other):
-            gradient, terms = test_tars.straightforward_step(lm, questions, answers, cut, drawn[0],
-                                                   Config(**settings | other), parameters)
+            gradient, terms = test_tars.straightforward_step(lm, questions, answers, cut, drawn,
+                                                             Config(**settings | other), parameters)
             return torch.cat([g.flatten() for g in gradient]), terms
 
         gradient, terms = wanted()
@@ -300,8 +283,8 @@ def test_exercise_10_train_step(monkeypatch):
             shown = [[answer.get(name, math.nan) for answer in group[m]] for m in tars.MODALITIES]
             compare(shown, terms[name][0], f"stage {stage}{condition}: {name} of the first question, [speech, text],",
                     {sentence: value[0] for sentence, value in known.get(name, {}).items()})
-        teach(len(optimizer.gradients) == 1, f"one update a roll-out: yours has {len(optimizer.gradients)}")
-        updated = torch.cat([g.flatten() for g in optimizer.gradients[0]])
+        teach(len(gradients) == 1, f"one update a roll-out: yours has {len(gradients)}")
+        updated = torch.cat([g.flatten() for g in gradients[0]])
         teach(updated.any(), "the gradient is 0: call backward(), and detach the old log-probs, or the ratio's cancels")
         compare(updated, gradient, f"stage 7{condition}: rewards and advantages are right, the gradient is not,", {
             "a cut answer must not be learnt from: its tokens weigh 0": lambda: wanted(uncut(answers[1]))[0],
@@ -319,7 +302,7 @@ def test_exercise_10_train_step(monkeypatch):
 def baseline_case():
     """A tiny model with LoRA, questions, and to two of them a right written and a wrong spoken answer, ids [C]."""
     lm = SpeechLM(Qwen25Omni, *tiny_qwen())
-    perturb(lm)
+    perturb(attach_lora(lm, 8, 32))
     ids, mask = four_answers(lm)  # [4, M, 2, C]
     return lm, four_questions(), [[ids[b, m, 1][mask[b, m, 1] == 1] for m in (1, 0)] for b in (0, 1)]
 
