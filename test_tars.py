@@ -494,6 +494,7 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     assert references.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]  # the right written answer of each group
     assert metrics["acc_speech"] == metrics["acc_text"] == 0.5 and metrics["no_reference"] == 0
     assert metrics["fmt_speech"] == 0.5 and metrics["fmt_text"] == 1.0
+    assert metrics["unparsed_speech"] == metrics["unparsed_text"] == 0  # each names an option, the right one or not
     assert metrics["reward_text"] == pytest.approx(0.5 + cfg.lam)  # written answers earn R_base alone
     assert metrics["truncated_speech"] == metrics["truncated_text"] == 1 / 8
 
