@@ -14,8 +14,6 @@
 Accuracies come with their 95 % Wilson intervals. Answers are greedy; each is kept in --out, one JSON line a question
 and modality, and a run that was stopped continues from there. Another adapter, data set or setting gets another file.
 Flags of tars.py work too: --extractor, --max-new-tokens, --eval-batch, --base-text-accuracy; --group-size on noise.
-
-Imports: this file imports tars.py and data_prep.py; no program imports this file.
 """
 
 import argparse
@@ -25,10 +23,13 @@ import re
 import textwrap
 import time
 import zlib
+from copy import copy
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas  # comes with datasets
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -38,7 +39,7 @@ from transformers.utils import cached_file
 
 import tars
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
-from tars import BFLOAT16, DEVICE, LETTERS, MODALITIES, SPEECH, TEXT, Config, SpeechLM, judge
+from tars import BFLOAT16, DEVICE, LETTERS, MODALITIES, SPEECH, TEXT, Config, SpeechLM
 
 # In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
@@ -57,14 +58,9 @@ def mean_and_interval(values):
     return values.mean(0), 1.96 * values.std(0) / math.sqrt(len(values))
 
 
-def table(head, rows):
-    """Rows of strings under a head: columns as wide as needed, the first left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(row):
-        return "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-
-    return "\n".join(map(line, [head, *rows]))
+def table(rows):
+    """{name: {column: cell}} -> aligned text; a dash where a row has no such cell, or nan."""
+    return pandas.DataFrame.from_dict(rows, "index").to_string(na_rep="-", float_format="{:.1f}".format)
 
 
 # ==== 2. Table 1: accuracy on speech (A) and on text (T), MRR =========================================================
@@ -96,15 +92,28 @@ def load_adapter(lm, path):
 
 
 def speech_lms(args):
-    """Yield (name, SpeechLM) for the base model and for each adapter on it. The model is loaded once."""
+    """Yield (name, SpeechLM, the models it is made of): the base, the cascade, each adapter. Loaded once."""
     lm = SpeechLM.from_pretrained(args.model)
     for adapter in args.adapter:  # a wrong one is refused before anything is measured
         load_adapter(lm, adapter)
     detach_lora(lm)
-    yield "base", lm
+    yield "base", lm, [args.model]
+    if args.cascade:
+        yield f"cascade {args.cascade}", cascade(lm, Listener(args.cascade, DEVICE)), [args.model, args.cascade]
     for adapter in args.adapter:
         load_adapter(lm, adapter)
-        yield adapter, lm
+        yield adapter, lm, [args.model, adapter]
+
+
+def cascade(lm, listener):
+    """The same model behind a recogniser: in place of the clip it reads the transcript."""
+    def spoken_turns(questions):
+        clips = [tars.read_clip(q["audio"]["bytes"], q["key"]) for q in questions]
+        return [lm.embed_text(listener.transcribe(clip)) for clip in clips]
+
+    reader = copy(lm)
+    reader.spoken_turns = spoken_turns
+    return reader
 
 
 def fingerprint(path):
@@ -117,92 +126,61 @@ def fingerprint(path):
     return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
-def cached_records(name, paths, data, questions, each, answer, args, cfg):
-    """The records of one measurement, `each` of them a question, in the data's order; all are kept in args.out.
+def cached_records(name, parts, data, questions, answer, args, cfg):
+    """The records of one measurement, one a modality of each question, in the data's order; all are kept in args.out.
     Those of an earlier run are read from there, the rest come one by one from answer(questions). The file's name holds
-    a hash of everything the answers depend on; paths: the models among it.
+    a hash of everything the answers depend on; parts: the models among it.
     """
     begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
              "eval_batch": cfg.eval_batch, "extractor": cfg.extractor, "questions": questions._fingerprint,
-             "files": [fingerprint(path) for path in paths]}
+             "files": [fingerprint(path) for path in parts]}
     file = Path(args.out) / f"{Path(name).name}-{Path(data).name}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     done, order = resume(file, begun), np.argsort(questions["seconds"], kind="stable")
-    if len(done) < each * len(questions):
-        first = len(done) // (each * cfg.eval_batch) * cfg.eval_batch  # whole batches, to form the same ones again
-        done = done[: each * first]
+    if len(done) < 2 * len(questions):
+        first = len(done) // (2 * cfg.eval_batch) * cfg.eval_batch  # whole batches, to form the same ones again
+        done = done[: 2 * first]
         tars.write_aside(file, "".join(json.dumps(line) + "\n" for line in [begun, *done]).encode())
         for record in answer(questions.select(order[first:])):
             tars.append_line(file, record)
             done.append(record)
-    return [record for i in np.argsort(order) for record in done[each * i : each * (i + 1)]]
-
-
-def cascade(lm, listener, questions, extract, cfg):
-    """Whisper transcribes each clip, the model answers the transcript in writing. Yields records."""
-    for batch in tars.question_batches(questions, cfg.eval_batch, "cascade"):
-        transcripts = [listener.transcribe(tars.read_clip(q["audio"]["bytes"], q["key"])) for q in batch]
-        with torch.no_grad():
-            prompts = [[lm.prompt(lm.embed_text(text))] for text in transcripts]  # b lists of one prompt [P, H]
-        ids, mask, cut = lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)  # [b, 1, 1, C]
-        completions = lm.detokenize(ids, mask)
-        letters, acc, _ = judge(batch, completions, extract)
-        columns = ("key", "heard", "completion", "answer", "right", "tokens", "cut")
-        numbers = (x.flatten().tolist() for x in (acc == 1, mask.sum(-1), cut))
-        for values in zip([q["key"] for q in batch], transcripts, completions, letters, *numbers, strict=True):
-            yield {"modality": "speech", **dict(zip(columns, values, strict=True))}
+    return [record for i in np.argsort(order) for record in done[2 * i : 2 * i + 2]]
 
 
 def table_1(args, cfg, sets):
     """Print Table 1: one row a model, two columns a data set, averages, unparsed and cut answers, length, MRR."""
-    extract, listener = tars.load_extractor(cfg), Listener(args.cascade, DEVICE) if args.cascade else None
-    rows, base_text = [], cfg.base_text_accuracy or None
-    for name, lm in speech_lms(args):
-        paths, answer = [args.model], partial(tars.answer_greedily, lm, extract=extract, cfg=cfg)
-        paths += [name] * (name in args.adapter)
-        records = {data: cached_records(name, paths, data, questions, len(MODALITIES), answer, args, cfg)
-                   for data, questions in sets.items()}
-        if base_text is None:  # of the base; 0 is a number too
-            base_text = np.mean([accuracy(some, "text")[0] for some in records.values()])
-        rows.append(row_of(name, records, base_text))
-        if name == "base" and listener:
-            name, paths = f"cascade {args.cascade}", [args.model, args.cascade]
-            answer = partial(cascade, lm, listener, extract=extract, cfg=cfg)
-            rows.append(row_of(name, {data: cached_records(name, paths, data, questions, 1, answer, args, cfg)
-                                      for data, questions in sets.items()}, base_text))
+    extract, rows = tars.load_extractor(cfg), {}
+    for name, lm, parts in speech_lms(args):
+        answer = partial(tars.answer_greedily, lm, extract=extract, cfg=cfg)
+        rows[name] = row = row_of({data: cached_records(name, parts, data, questions, answer, args, cfg)
+                                   for data, questions in sets.items()})
+        row["MRR %"] = tars.modality_recovery_rate(row["avg A"], cfg.base_text_accuracy or rows["base"]["avg T"])
     sizes = ", ".join(f"{data}: {len(questions)} questions" for data, questions in sets.items())
-    columns = [f"{data} {column}" for data in sets for column in ("A %", "T %")]
-    head = ["model", *columns, "avg A", "avg T", "unparsed A/T %", "cut A/T %", "tokens A/T", "MRR %"]
-    print(f"{sizes}; A speech, T text, [95 % interval]\n" + table(head, rows))
+    print(f"{sizes}; A speech, T text, [95 % interval]\n{table(rows)}")
 
 
-def accuracy(records, modality):
-    """Records of one data set -> (accuracy in percent, the table's cell with its interval)."""
-    right = [r["right"] for r in records if r["modality"] == modality]
-    if not right:  # the cascade does not write
-        return math.nan, "-"
-    low, high = wilson(sum(right), len(right))
-    return 100 * np.mean(right), f"{100 * np.mean(right):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def row_of(name, measured, base_text):
-    """One row of Table 1 from {data set: records}."""
-    cells = [accuracy(records, m) for records in measured.values() for m in MODALITIES]
-    average = [np.mean([percent for percent, _ in cells[i :: len(MODALITIES)]]) for i in range(len(MODALITIES))]
-    told = []
-    for value in (lambda r: 100 * (r["answer"] is None), lambda r: 100 * r["cut"], lambda r: r["tokens"]):
-        both = [[value(r) for some in measured.values() for r in some if r["modality"] == m] for m in MODALITIES]
-        told.append("/".join(f"{np.mean(values):.1f}" if values else "-" for values in both))
-    numbers = [*average, tars.modality_recovery_rate(average[SPEECH], base_text)]
-    shown = ["-" if math.isnan(x) else f"{x:.1f}" for x in numbers]
-    return [name, *(cell for _, cell in cells), *shown[:-1], *told, shown[-1]]
+def row_of(measured):
+    """{data set: records} -> {column: cell} of Table 1, without MRR."""
+    records = pandas.DataFrame([{"data": data} | record for data, some in measured.items() for record in some])
+    right, row = records.groupby(["data", "modality"], sort=False)["right"], {}
+    for (data, modality), some in right:
+        low, high = wilson(some.sum(), len(some))
+        row[f"{data} {'AT'[modality == 'text']} %"] = f"{100 * some.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    average = 100 * right.mean().groupby("modality").mean()
+    row |= {"avg A": average["speech"], "avg T": average["text"]}
+    told = {"unparsed A/T %": 100 * records["answer"].isna(), "cut A/T %": 100 * records["cut"],
+            "tokens A/T": records["tokens"]}
+    for column, values in told.items():
+        mean = values.groupby(records["modality"]).mean()
+        row[column] = f"{mean['speech']:.1f}/{mean['text']:.1f}"
+    return row
 
 
 # ==== 3. Word error rate: did recognition improve, and not reasoning? =================================================
 def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
-    rows = []
-    for name, lm in speech_lms(args):
+    rows = {}
+    for name, lm, _ in speech_lms(args):
         before = lm.family.before_user.replace(tars.SYSTEM_PROMPT, ASR_SYSTEM)
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
             raise SystemExit(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
@@ -210,8 +188,8 @@ def transcribe(args, cfg, sets):
         with torch.no_grad():
             before, request, after = (lm.embed_text(part, special=True)
                                       for part in (before, ASR_REQUEST, lm.family.after_user))
-        cells = []
-        for questions in sets.values():
+        rows[name] = {}
+        for data, questions in sets.items():
             errors = []
             for batch in tars.question_batches(questions, cfg.eval_batch, "asr"):
                 with torch.no_grad():
@@ -220,9 +198,8 @@ def transcribe(args, cfg, sets):
                 errors += [word_error_rate(q["prompt_for_tts"], transcript(text))
                            for q, text in zip(batch, outputs, strict=True)]
             mean, half = mean_and_interval(100 * np.array(errors))
-            cells.append(f"{mean:.1f} +- {half:.1f}")
-        rows.append([name, *cells])
-    print("word error rate in percent, mean over clips and its 95 % interval\n" + table(["model", *sets], rows))
+            rows[name][data] = f"{mean:.1f} +- {half:.1f}"
+    print(f"word error rate in percent, mean over clips and its 95 % interval\n{table(rows)}")
 
 
 def transcript(output):
@@ -234,7 +211,7 @@ def ask(args, cfg):
     """Print what the base model and each adapter answer to a clip, or to a written question, with its options."""
     spoken = re.search(r"\.(wav|mp3|flac|ogg|opus|aiff?)$", args.ask, re.IGNORECASE)
     clip = wav_bytes(decode_clip(Path(args.ask).read_bytes())) if spoken else None
-    for name, lm in speech_lms(args):
+    for name, lm, _ in speech_lms(args):
         asked = {"key": args.ask, "audio": {"bytes": clip}}
         with torch.no_grad():
             turn = lm.spoken_turns([asked])[0] if spoken else lm.embed_text(args.ask)
@@ -243,14 +220,6 @@ def ask(args, cfg):
 
 
 # ==== 4. Figure 2: how far spoken and written states drift apart, layer by layer ======================================
-def token_cosines(speech, text, completion_mask):
-    """States [L, b, C, H] of the same tokens under both prompts, mask [b, C] -> cosine per layer, [b, L].
-    Token by token, then averaged over the tokens of an answer.
-    """
-    cosines = F.cosine_similarity(speech.float(), text.float(), dim=-1) * completion_mask  # [L, b, C]
-    return (cosines.sum(-1) / completion_mask.sum(-1)).T
-
-
 @torch.no_grad()
 def layer_cosines(lm, questions, cfg):
     """Teacher-force the model's own greedy text answers under both prompts -> cosine per question and layer [n, L]."""
@@ -259,25 +228,27 @@ def layer_cosines(lm, questions, cfg):
         prompts = lm.embed_prompts(batch)  # b lists of M prompts [P, H]
         ids, mask, _ = lm.rollout([[question[TEXT]] for question in prompts], 1, cfg.max_new_tokens, temperature=0)
         answer, mask = lm.embed_tokens(ids[:, 0, 0]), mask[:, 0, 0]  # [b, C, H], [b, C]
-        embeds, prompt_mask = tars.pad_left([prompt for question in prompts for prompt in question])  # [b * M, P, H]
-        M, P = len(prompts[0]), prompt_mask.shape[1]
-        embeds = torch.cat([embeds, answer.repeat_interleave(M, 0)], dim=1)  # [b * M, P + C, H]
-        seen = torch.cat([prompt_mask, mask.repeat_interleave(M, 0)], dim=1)  # [b * M, P + C]
-        states = lm.run_decoder(embeds, seen, tars.positions(seen), output_hidden_states=True).hidden_states[1:]
-        states = torch.stack([h[:, P:].unflatten(0, (-1, M)) for h in states])  # [L, b, M, C, H]
-        cosines.append(token_cosines(states[:, :, SPEECH], states[:, :, TEXT], mask).cpu())
+        states = []
+        for m in (SPEECH, TEXT):
+            embeds, prompt_mask = tars.pad_left([question[m] for question in prompts])  # [b, P, H], [b, P]
+            embeds, seen = torch.cat([embeds, answer], dim=1), torch.cat([prompt_mask, mask], dim=1)  # P + C
+            output = lm.run_decoder(embeds, seen, tars.positions(seen), output_hidden_states=True)
+            states.append(torch.stack([h[:, -mask.shape[1] :] for h in output.hidden_states[1:]]))  # [L, b, C, H]
+        cosine = F.cosine_similarity(states[SPEECH].float(), states[TEXT].float(), dim=-1) * mask  # [L, b, C]
+        cosines.append((cosine.sum(-1) / mask.sum(-1)).T.cpu())  # the mean over an answer's tokens, [b, L]
     return torch.cat(cosines)
 
 
 def drift(args, cfg, sets):
     """Print the cosine per layer of every model over all data sets; with --plot, draw it."""
     lines = {}
-    for name, lm in speech_lms(args):
+    for name, lm, _ in speech_lms(args):
         lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
-    rows = [[str(n), *(f"{mean[n - 1]:.4f} +- {half[n - 1]:.4f}" for mean, half in lines.values())] for n in layers]
+    rows = {f"layer {n}": {name: f"{mean[n - 1]:.4f} +- {half[n - 1]:.4f}" for name, (mean, half) in lines.items()}
+            for n in layers}
     print("cosine of spoken and written states on the model's own text answers, mean over questions, 95 % interval")
-    print(table(["layer", *lines], rows))
+    print(table(rows))
     if args.plot:
         draw({name: (layers, *line) for name, line in lines.items()}, "layer", "cosine of spoken and written states",
              args.plot)
@@ -307,19 +278,15 @@ def curves(args):
               ("rep_speech", "R_rep (cosine)"), ("acc_text", "written accuracy, %"),
               ("length_text", "tokens of a written answer"), ("beh_speech", "R_beh (cosine)"))
     for folder in args.curves:
-        log = read_lines(Path(folder) / "log.jsonl")
+        log = pandas.DataFrame(read_lines(Path(folder) / "log.jsonl")).set_index("step")
         for axis, (key, label) in zip(axes.flat, panels, strict=True):
             scale = 100 if key.startswith("acc") else 1
-            drawn = axis.plot([], label=Path(folder).name)[0]  # the same colour in each panel, drawn or not
+            color = axis.plot([], label=Path(folder).name)[0].get_color()  # the same in each panel, drawn or not
             axis.set(xlabel="step", ylabel=label)
-            values = np.array([scale * line.get(key, 0.0) for line in log])
-            if values.any():  # a baseline has no roll-outs of its own, plain GRPO no dense rewards
-                window = min(20, len(values))
-                smooth = np.convolve(values, np.ones(window) / window, "valid")
-                axis.plot(np.arange(window, len(values) + 1), smooth, color=drawn.get_color())
-            key = "eval_" + key.removeprefix("acc_")
-            dots = [(line["step"], scale * line[key]) for line in log if key in line]
-            axis.plot(*zip(*dots, strict=True), "o", color=drawn.get_color()) if dots else None
+            if key in log and log[key].any():  # a baseline has no roll-outs of its own, plain GRPO no dense rewards
+                axis.plot(scale * log[key].rolling(min(20, len(log))).mean(), color=color)
+            if (dots := "eval_" + key.removeprefix("acc_")) in log:
+                axis.plot(scale * log[dots].dropna(), "o", color=color)
     axes.flat[0].legend()
     figure.suptitle("Lines: roll-outs at the training temperature, mean of 20 steps. Dots: greedy, evaluation set.")
     figure.savefig(args.plot or "curves.png", dpi=150)
@@ -329,9 +296,9 @@ def curves(args):
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
 
 
-def paired_difference(values, others):
-    """Two lists of n numbers, paired -> mean difference, half of its 95 % interval (nan if n is 0 or 1), wins."""
-    d = np.array(values) - np.array(others)
+def paired_difference(differences):
+    """Differences of n pairs -> their mean, half of its 95 % interval (nan if n is 0 or 1), how many are above 0."""
+    d = np.array(differences)
     t = STUDENT[len(d) - 2] if len(d) < 16 else 2.1
     half = t * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
     return d.mean(), half, int((d > 0).sum())
@@ -339,10 +306,9 @@ def paired_difference(values, others):
 
 def accuracy_curve(log, summary, modality):
     """Accuracy in percent after each step from 0, the base model, on: evaluations, joined by straight lines."""
-    evaluated = [line for line in log if "eval_speech" in line]
-    accuracies = [summary[f"base_{modality}"], *(line[f"eval_{modality}"] for line in evaluated)]
-    steps = [0, *(line["step"] for line in evaluated)]
-    return 100 * np.interp(np.arange(steps[-1] + 1), steps, accuracies)
+    measured = {0: summary[f"base_{modality}"]}
+    measured |= {line["step"]: line[f"eval_{modality}"] for line in log if "eval_speech" in line}
+    return 100 * np.interp(range(max(measured) + 1), [*measured], [*measured.values()])
 
 
 def read_groups(folders):
@@ -364,9 +330,8 @@ def read_groups(folders):
         hidden = {"alpha", "beta"} if "method" in cfg else {}  # a baseline of course/ has no rewards
         shown = [f"{name} {cfg[name]}".removesuffix(".0") for name in names if name in cfg.keys() - hidden]
         group, seed = groups.setdefault(", ".join(shown) or "default", {}), cfg["seed"]
-        content, steps = (cfg["model"], summary["content"]), log[-1]["step"]
-        fits = content == first.setdefault(seed, content) and steps == first.setdefault("steps", steps)
-        if seed in group or not fits:
+        same = {seed: (cfg["model"], summary["content"]), "steps": log[-1]["step"]}
+        if seed in group or any(first.setdefault(key, value) != value for key, value in same.items()):
             raise SystemExit(f"--compare: {folder} does not fit the other runs of seed {seed}: its base model, data"
                              " or number of steps differ, or nothing does")
         group[seed] = log, summary
@@ -378,23 +343,23 @@ def read_groups(folders):
 def compare_runs(args):
     """Print what each group of settings reached over its seeds, against plain GRPO or else the first group."""
     groups = read_groups(args.compare)
-    plain, rows = next(iter(groups)), []
-    raw = {}  # {seed: cells of the second table}
-    for number, (name, runs) in enumerate(groups.items(), 1):
-        scores = [[100 * summary[m] for _, summary in runs.values()] for m in MODALITIES]
-        rows.append([f"({number}) {name}", str(len(runs)), *(f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in scores)])
-        both = sorted(runs.keys() & groups[plain].keys())
-        values, others = ([100 * groups[group][seed][1]["speech"] for seed in both] for group in (name, plain))
-        mean, half, wins = paired_difference(values, others)
+    plain, numbers = next(iter(groups)), {name: f"({n})" for n, name in enumerate(groups, 1)}
+    rows, of_seed = {}, {}  # of both tables
+    for name, runs in groups.items():
+        row = rows[f"{numbers[name]} {name}"] = {"n": len(runs)}
+        for m in MODALITIES:
+            scores = [100 * summary[m] for _, summary in runs.values()]
+            row[f"{m} %"] = f"{np.mean(scores):.1f} +- {np.std(scores):.1f}"
+        both = runs.keys() & groups[plain].keys()
+        mean, half, wins = paired_difference(
+            [100 * runs[seed][1]["speech"] - 100 * groups[plain][seed][1]["speech"] for seed in both])
         interval = f" [{mean - half:+.1f}, {mean + half:+.1f}]" if len(both) > 1 else ""
-        rows[-1].append("-" if name == plain else f"{mean:+.1f}{interval}, {wins} of {len(both)}")
+        row["speech minus (1), wins"] = "-" if name == plain else f"{mean:+.1f}{interval}, {wins} of {len(both)}"
         for seed, (_, summary) in runs.items():
-            base = f"{100 * summary['base_speech']:.1f} / {100 * summary['base_text']:.1f}"
-            raw.setdefault(seed, [str(seed), base, *["-"] * len(groups)])
-            raw[seed][1 + number] = f"{100 * summary['speech']:.1f} / {100 * summary['text']:.1f}"
-    print(table(["settings", "n", "speech %", "text %", "speech minus (1), wins"], rows))
-    head = ["seed", "base", *(f"({number})" for number in range(1, len(groups) + 1))]
-    print("\nspeech / text %\n" + table(head, [raw[seed] for seed in sorted(raw)]))
+            cells = of_seed.setdefault(seed, dict.fromkeys(["base", *numbers.values()], "-"))
+            for column, when in (("base", "base_"), (numbers[name], "")):
+                cells[column] = " / ".join(f"{100 * summary[when + m]:.1f}" for m in MODALITIES)
+    print(f"{table(rows)}\n\nspeech / text %\n{table(dict(sorted(of_seed.items())))}")
     if args.plot:
         curves = {name: [accuracy_curve(*run, "speech") for run in runs.values()] for name, runs in groups.items()}
         curves["in writing, all runs"] = [accuracy_curve(*run, "text") for runs in groups.values()
@@ -406,82 +371,73 @@ def compare_runs(args):
 
 # ==== 6. --explain: one group worked through, equation by equation ====================================================
 def explain(args, cfg):
-    """train_step on the first question, each equation with its numbers, within 100 columns.
+    """train_step on the first question, each equation with its numbers, lines of at most 100 columns.
     Settings, and the adapter once it is saved, are those of the run args.explain; without one, those of args.model.
     """
     lm, question = SpeechLM.from_pretrained(cfg.model), tars.load_questions(cfg.data)[0]
+    optimizer = tars.make_trainable(lm, replace(cfg, lr=0.0))  # nothing is updated
     trained = args.explain and (Path(args.explain) / "adapter_config.json").exists()
     if trained:
         load_adapter(lm, args.explain)
-    generator, half = torch.Generator(lm.device).manual_seed(cfg.seed), cfg.group_size // 2
-    prompts = lm.embed_prompts([question])
-    ids, mask, cut = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)  # [1, M, G/2, C]
-    completions = lm.detokenize(ids, mask)
-    letters, acc, fmt = judge([question], completions, tars.load_extractor(cfg))
-    acc, fmt = (x.to(lm.device).view(cut.shape) for x in (acc, fmt))  # [1, M, G/2]
-    base = tars.base_reward(acc, fmt, cfg.lam)
-    references = tars.pick_references((acc[:, TEXT] == 1) & ~cut[:, TEXT], generator)  # [1, G/2]
+    embedder, extract = tars.load_embedder(cfg) if cfg.beta else None, tars.load_extractor(cfg)
+    step, again = (torch.Generator(lm.device).manual_seed(cfg.seed) for _ in range(2))
+    _, group = tars.train_step(lm, [question], embedder, extract, optimizer, cfg, step)
+    prompts, half = lm.embed_prompts([question]), cfg.group_size // 2
+    ids, mask, cut = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, again)  # the step's, [1, M, G/2, C]
     with torch.no_grad():
         logps, states = lm.score(prompts, ids, mask, cfg.temperature)  # [1, M, G/2, C], [1, M, G/2, L, H]
-    rep, beh = torch.zeros_like(base), torch.zeros_like(base)
-    weights = tars.layer_weights(cfg.layers, states.shape[-2]).to(lm.device)  # [L]
+    answers, spoken = group["speech"] + group["text"], group["speech"]
+    letters = extract([question] * len(answers), [a["completion"] for a in answers])
+    reward = torch.tensor([a["reward"] for a in answers]).view(1, len(MODALITIES), half)
+    other = tars.modality_advantages(reward, not cfg.joint_norm).flatten().tolist()
+    for i, (a, letter, A) in enumerate(zip(answers, letters, other, strict=True)):
+        r = a.get("reference", -1)
+        a |= asdict(cfg) | {"name": f"{'ST'[i // half]}{i % half + 1}", "of": f"T{r + 1}" if r >= 0 else "none: 0",
+                            "says": textwrap.shorten(a["completion"], 94, placeholder=" ..."), "letter": letter or "-",
+                            "mean": a["reward"] - a["advantage"], "other_mean": a["reward"] - A, "other_A": A}
+    references = torch.tensor([[a["reference"] for a in spoken]], device=lm.device)
     y_star = tars.reference_features(states[:, TEXT], references)  # [1, G/2, L, H]
-    rep[:, SPEECH] = tars.representation_reward(states[:, SPEECH], y_star, weights)
-    if cfg.beta:
-        sentences = tars.load_embedder(cfg)(completions).to(lm.device).unflatten(0, base.shape)  # [1, M, G/2, D]
-        of_y_star = tars.reference_features(sentences[:, TEXT], references)  # [1, G/2, D]
-        beh[:, SPEECH] = tars.behavior_reward(sentences[:, SPEECH], of_y_star)
-    reward = tars.total_reward(base, rep, beh, cfg.alpha, cfg.beta)
-    advantage = tars.modality_advantages(reward, cfg.joint_norm).flatten()
-    other = tars.modality_advantages(reward, not cfg.joint_norm).flatten()
+    near = F.cosine_similarity(states[:, SPEECH], y_star, dim=-1)[0]  # [G/2, L]
+    used = tars.layer_weights(cfg.layers, near.shape[-1]).nonzero()[:, 0].tolist()
+    for a, cosines in zip(spoken, near, strict=True):
+        shown = sorted({used[0], used[len(used) // 2], used[-1]})
+        a |= {"some": "  ".join(f"layer {layer + 1} {cosines[layer]:.3f}" for layer in shown), "n": len(used),
+              "cos": cosines[used].mean().item()}
 
-    answers = [f"{m}{s + 1}" for m in "ST" for s in range(half)]  # as the tensors are flattened
-    terms = [x.flatten().tolist() for x in (acc, fmt, base, rep, beh, reward, advantage, other)]
-    rows = list(zip(answers, completions, letters, *terms, strict=True))
-    of = [f"T{r + 1}" if r >= 0 else "none: 0" for r in references[0].tolist()]  # the reference of each spoken answer
     print(f"{question['key']}: {tars.written_question(question)}\n"
           f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
           "to the written one." + (f"\nThe adapter of {args.explain} is loaded." if trained else ""))
-    show("The model answers G times, half from speech, half from text", "rollout",
-         [f"  {name}  {textwrap.shorten(text, 94, placeholder=' ...')}" for name, text, *_ in rows])
-    show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward",
-         [f"  {name}  answer {letter or '-'}:  {a:.0f} + {cfg.lam:g} * {f:.0f} = {b:.2f}"
-          for name, _, letter, a, f, b, *_ in rows])
-    show("Each spoken answer gets a correct written one, drawn at random", "pick_references",
-         ["  " + "   ".join(f"{name} -> {reference}" for name, reference in zip(answers[:half], of, strict=True))])
-    near = F.cosine_similarity(states[:, SPEECH], y_star, dim=-1)[0]  # [G/2, L]
-    used = weights.nonzero()[:, 0].tolist()
-    shown = sorted({used[0], used[len(used) // 2], used[-1]})
-    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward",
-         [f"  {name}  cos with {of[s]}:  " + "  ".join(f"layer {layer + 1} {near[s, layer]:.3f}" for layer in shown)
-          + f"   mean of {len(used)} layers {rows[s][6]:.3f}" for s, name in enumerate(answers[:half])])
+    show("The model answers G times, half from speech, half from text", "rollout", answers, "{says}")
+    show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward", answers,
+         "answer {letter}:  {acc:.0f} + {lam:g} * {fmt:.0f} = {base:.2f}")
+    show("Each spoken answer gets a correct written one, drawn at random", "pick_references", spoken, "-> {of}")
+    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward", spoken,
+         "cos with {of}:  {some}   mean of {n} layers {cos:.3f}")
     if cfg.beta:
-        show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward",
-             [f"  {name}  cos with {of[s]}: {rows[s][7]:.3f}" for s, name in enumerate(answers[:half])])
-    show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh", "total_reward",
-         [f"  {name}  {b:.2f} + {cfg.alpha:g} * {r:.3f} + {cfg.beta:g} * {h:.3f} = {R:.3f}"
-          for name, _, _, _, _, b, r, h, R, *_ in rows])
-    means = "a mean for each modality" if cfg.joint_norm else "one joint mean"
-    show("Eq. (7)  A = R - mean" + (" of the group" if cfg.joint_norm else " of its modality"), "modality_advantages",
-         [f"  {name}  {R:.3f} - {R - A:.3f} = {A:+.3f}    with {means}, {R - o:.3f}: {o:+.3f}"
-          for name, *_, R, A, o in rows])
+        show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward", spoken, "cos with {of}: {beh:.3f}")
+    show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh", "total_reward", answers,
+         "{base:.2f} + {alpha:g} * {rep:.3f} + {beta:g} * {beh:.3f} = {reward:.3f}")
+    mean, other = ("group", "a mean for each modality") if cfg.joint_norm else ("modality", "one joint mean")
+    show(f"Eq. (7)  A = R - mean of its {mean}", "modality_advantages", answers,
+         f"{{reward:.3f}} - {{mean:.3f}} = {{advantage:+.3f}}    with {other}, {{other_mean:.3f}}: {{other_A:+.3f}}")
     # The token whose loss is shown: from the middle of the answer with the largest advantage.
-    best = advantage.abs().argmax().item()
-    A, n_tokens = advantage[best].item(), 1 / tars.token_weights(mask, cut).max()
-    token = int(mask.flatten(0, 2)[best].sum()) // 2
-    word, logp = lm.tokenizer.decode(ids.flatten(0, 2)[best, token].item()), logps.flatten(0, 2)[best, token].item()
+    best = max(range(len(answers)), key=lambda i: abs(answers[i]["advantage"]))
+    A, n_tokens = answers[best]["advantage"], 1 / tars.token_weights(mask, cut).max().item()
+    t = int(mask.flatten(0, 2)[best].sum()) // 2
     rho, clipped = torch.tensor([1.5]), min(1.5, 1 + cfg.eps_high)
     loss = tars.grpo_loss(rho.log(), torch.zeros(1), torch.tensor(A), 1 / n_tokens, cfg.eps_low, cfg.eps_high)
-    show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss",
-         [f"  token {token + 1} of {answers[best]}, {word!r}: log pi = {logp:.3f}, rho = exp(0) = 1",
-          f"  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens:.0f} = {-A / n_tokens:+.5f}",
-          "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens",
-          f"  were rho 1.5: - min({1.5 * A:+.3f}, {clipped * A:+.3f}) / {n_tokens:.0f} = {loss:+.5f}"])
+    answers[best] |= {"word": lm.tokenizer.decode(ids.flatten(0, 2)[best, t].item()), "t": t + 1,
+                      "logp": logps.flatten(0, 2)[best, t].item()}
+    show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss", [answers[best]],
+         "token {t}, {word!r}: log pi = {logp:.3f}, rho = exp(0) = 1\n"
+         f"  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens:.0f} = {-A / n_tokens:+.5f}\n"
+         "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens\n"
+         f"  were rho 1.5: - min({1.5 * A:+.3f}, {clipped * A:+.3f}) / {n_tokens:.0f} = {loss:+.5f}")
 
 
-def show(title, function, rows):
-    """A block of --explain: a title, the function of tars.py that it is about, lines cut at 100 columns."""
-    print(f"\n{title:<64}{function + '()':>36}", *(row[:100] for row in rows), sep="\n")
+def show(title, function, answers, line):
+    """A block of --explain: a title, the function of tars.py that it is about, a line for each answer."""
+    print(f"\n{title:<64}{function + '()':>36}", *(f"  {a['name']}  {line.format(**a)}" for a in answers), sep="\n")
 
 
 # ==== 7. --random-weights: does a run fit the GPU? ====================================================================
@@ -532,7 +488,7 @@ def timed(method, seconds, phase):
     def call(*args, **kwargs):
         start = clock()
         result = method(*args, **kwargs)
-        seconds[phase] = seconds.get(phase, 0.0) + clock() - start
+        seconds[phase] += clock() - start
         return result
 
     return call
@@ -560,11 +516,12 @@ def random_weights(args, cfg):
     optimizer, generator = tars.make_trainable(lm, cfg), torch.Generator(lm.device).manual_seed(cfg.seed)
     methods = {"embed": "embed_prompts", "rollout": "rollout", "forward": "score"}
     print("".join(f"{name:>15}" for name in ("step", *methods, "backward, rest", "total s", "tokens/s", "peak GiB")))
-    plain = {name: getattr(lm, name) for name in methods.values()}
+    phases = dict.fromkeys(methods, 0.0)
+    for phase, name in methods.items():
+        setattr(lm, name, timed(getattr(lm, name), phases, phase))
     for step in range(2):
-        phases, start = {}, clock()
-        for phase, name in methods.items():
-            setattr(lm, name, timed(plain[name], phases, phase))
+        phases |= dict.fromkeys(methods, 0.0)
+        start = clock()
         metrics, _ = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, generator)
         total = clock() - start
         tokens = sum(metrics[f"length_{m}"] for m in MODALITIES) * len(questions) * cfg.group_size / 2
@@ -595,7 +552,7 @@ def main(arguments=None):
     add("--random-weights", help="two training steps of this architecture on noise: seconds a phase, peak memory")
     add("--audio-seconds", type=float, default=60.0, help="with --random-weights: length of its clips [60]")
     add("--mean-tokens", type=int, help="with --random-weights: an answer's mean length [all are cut]")
-    args, settings = parser.parse_known_args(arguments)  # what eval.py does not know is tars.py's
+    args, settings = parser.parse_known_args(arguments)  # other flags are tars.py's
     if settings and (args.compare or args.curves or args.explain):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     if args.compare or args.curves:
@@ -613,12 +570,10 @@ def main(arguments=None):
                             (args.ask, ask)):
         if chosen:
             return command(args, cfg)
-    sets, paths = {}, {Path(path).resolve(): path for path in args.data or [cfg.eval_data]}  # each once
-    names = [path.name for path in paths]
-    for path, shown in paths.items():
-        questions = tars.load_questions(shown)
-        questions = questions.select(range(min(args.limit or len(questions), len(questions))))
-        sets[path.name if names.count(path.name) == 1 else shown] = questions  # two folders of one name are told apart
+    sets = {}
+    for path in args.data or [cfg.eval_data]:
+        questions = tars.load_questions(path)
+        sets[path] = questions.select(range(len(questions))[: args.limit])
     (transcribe if args.asr else drift if args.layers else table_1)(args, cfg, sets)
 
 
