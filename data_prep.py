@@ -10,8 +10,6 @@
 Every source writes `datasets` directories with the columns key, question, options, answer_index, prompt_for_tts and
 audio (16 kHz mono WAV bytes), seconds, and where they are known tts_wer and category; tars.py and eval.py read them
 with load_questions. A source's rows come from the hub or, with --origin, from local files of the same layout.
-
-Imports: this file imports tars.py; eval.py imports this file.
 """
 
 import argparse
@@ -393,17 +391,9 @@ DEMO_SETTINGS = {
 }
 
 
-def new_folder(out):
-    """A path to write to. What exists is never overwritten."""
-    if Path(out).exists():
-        raise SystemExit(f"{out} exists already: remove it to make it anew, or give another --out")
-    return Path(out)
-
-
 def demo(args):
     """The offline demo under args.out: model/ (the base model), train/, val/ and test/ (spoken questions)."""
-    out = new_folder(args.out)
-    rng = np.random.default_rng(args.seed)
+    out, rng = Path(args.out), np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     sums = list(expressions())
     sums = [sums[i] for i in rng.permutation(len(sums))]
@@ -441,19 +431,13 @@ def demo(args):
 
 # ==== 5. Real questions: one function a source, which converts a row ==================================================
 class Lost(Exception):
-    """A row that is left out. Rows are counted by the reason; what was found is shown with the row's key."""
-
-    def __init__(self, reason, found=""):
-        super().__init__(f"{reason} ({found})" if found else reason)
-        self.reason = reason
+    """A row that is left out: the reason, by which rows are counted, and what was found, shown with the row's key."""
 
 
 def cell_text(cell, what):
     """A cell that must hold text, stripped. Raises Lost if it holds something else, or nothing that a person sees."""
-    if not isinstance(cell, str | None):
-        raise Lost(f"{what} that is no text", repr(cell))
-    if all(unicodedata.category(c)[0] in "CZ" for c in cell or ""):  # spaces, control and zero-width characters
-        raise Lost(f"an empty {what}")
+    if not isinstance(cell, str) or all(unicodedata.category(c)[0] in "CZ" for c in cell):  # also of zero width
+        raise Lost(f"no text as {what}", repr(cell))
     return cell.strip()
 
 
@@ -476,34 +460,25 @@ def checked(question, options, answer, prompt=""):
     return ours | {"prompt_for_tts": prompt or aloud}
 
 
-def decode_clip(data):
-    """Encoded audio bytes -> float32 mono waveform [T] at 16 kHz, in -1..1.
-    Raises Lost if it cannot be decoded, has NaN, or lasts less than 0.1 s or more than 300 s, the encoders' limit.
+def decode_clip(audio, max_seconds=300.0):
+    """{"bytes", "path"} of an audio file, one of them enough -> float32 mono waveform [T] at 16 kHz, in -1..1.
+    Raises Lost if there is none, or one that cannot be decoded, has NaN, is silent, or lasts less than 0.1 s or longer
+    than max_seconds; 300 s is the encoders' limit.
     """
     import soundfile
 
-    try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [T, channels]
+    if not audio or not (audio["bytes"] or Path(audio["path"] or "").is_file()):
+        raise Lost("no clip", audio)
+    try:  # samples are [T, channels]
+        samples, rate = soundfile.read(io.BytesIO(audio["bytes"] or Path(audio["path"]).read_bytes()), always_2d=True)
     except soundfile.LibsndfileError as error:
         raise Lost("an unreadable clip", error) from error
-    waveform = torch.from_numpy(samples).mean(-1)  # [T]
-    if not waveform.isfinite().all():
-        raise Lost("a clip with NaN samples")
-    if not 0.1 <= (seconds := len(waveform) / rate) <= 300:
-        raise Lost(f"a clip {'shorter than 0.1' if seconds < 0.1 else 'longer than 300'} s", f"{seconds:.2f} s")
+    waveform, seconds = torch.from_numpy(samples).float().mean(-1), len(samples) / rate  # [T]
+    if not 0.1 <= seconds <= max_seconds:
+        raise Lost("a clip shorter than 0.1 s" if seconds < 0.1 else f"a clip longer than {max_seconds:g} s", seconds)
+    if not waveform.isfinite().all() or waveform.abs().max() < 1e-3:  # 60 dB below full scale
+        raise Lost("a silent clip, or one with NaN samples")
     return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
-
-
-def clean_clip(audio, max_seconds):
-    """{"bytes", "path"} -> waveform [T] at 16 kHz. Raises Lost if it is unreadable, silent, too short or too long."""
-    if not audio or not (audio["bytes"] or Path(audio["path"] or "").is_file()):
-        raise Lost("no clip", audio and audio["path"])
-    waveform = decode_clip(audio["bytes"] or Path(audio["path"]).read_bytes())
-    if waveform.abs().max() < 1e-3:  # 60 dB below full scale
-        raise Lost("a silent clip")
-    if len(waveform) > max_seconds * SAMPLE_RATE:
-        raise Lost(f"a clip longer than {max_seconds:g} s")
-    return waveform
 
 
 def from_tars(index, row, args):
@@ -511,7 +486,7 @@ def from_tars(index, row, args):
     ours = checked(row["question"], row["options"], row["answer_index"], cell_text(row["prompt_for_tts"], "prompt"))
     wer = row.get("tts_wer")
     ours["tts_wer"] = float(wer) if isinstance(wer, (int, float)) else None  # "n/a" is unknown too
-    return ours | {"audio": clean_clip(row["audio"], args.max_seconds)}
+    return ours | {"audio": decode_clip(row["audio"], args.max_seconds)}
 
 
 # What VoiceBench asks after the options, and how a line opens an option: "A. ", "A.", "A) ", "(A) ", "Option A: ".
@@ -546,7 +521,7 @@ def from_voicebench(index, row, args):
     """A row of VoiceBench's mmsu or openbookqa: question and options stand in the prompt, the answer is a letter."""
     prompt = cell_text(row["prompt"], "prompt")
     ours = checked(*parse_prompt(prompt), cell_text(row["reference"], "reference"), prompt)
-    return ours | {"category": row.get("category"), "audio": clean_clip(row["audio"], args.max_seconds)}
+    return ours | {"category": row.get("category"), "audio": decode_clip(row["audio"], args.max_seconds)}
 
 
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
@@ -580,20 +555,21 @@ def from_csv(index, row, args):
     if not wav:
         raise Lost("no recording, and no dash that asks for a voice")
     clip = {"bytes": None, "path": str(Path(args.origin).parent / wav)}
-    return ours | {"audio": clean_clip(clip, args.max_seconds)}
+    return ours | {"audio": decode_clip(clip, args.max_seconds)}
 
 
 def spoken_row(ours, index, args):
     """The row, spoken up to args.tries times: the first clip that passes the paper's filter is kept."""
     if len(ours["prompt_for_tts"]) > 2000:
         raise Lost("longer than 2000 characters")
+    if not hasattr(args, "voice"):
+        args.voice, args.listener = Voice(args.tts, DEVICE), Listener(args.asr, DEVICE)
     for attempt in range(args.tries):
         waveform = args.voice.speak(ours["prompt_for_tts"], seed=(args.seed, index, attempt))
         heard = args.listener.transcribe(waveform)
         wer, missed = reading_error(ours["prompt_for_tts"], heard, getattr(args.listener, "spelling", None))
         if wer < 0.1 and not missed:
-            audio = clean_clip({"bytes": wav_bytes(waveform)}, args.max_seconds)
-            return ours | {"tts_wer": wer, "audio": audio}
+            return ours | {"tts_wer": wer, "audio": decode_clip({"bytes": wav_bytes(waveform)}, args.max_seconds)}
     reason = "option d not heard" if missed else "word error rate of 10 % or more"
     raise Lost(f"{reason}, {args.tries} tries", f"at last {wer:.0%}: {heard}")
 
@@ -646,13 +622,6 @@ def money(m):
     return " and ".join(parts) or f" zero {name} "
 
 
-def clock(m):
-    """3:30 pm -> three thirty p m; 9:05 -> nine oh five; 10:00 -> ten o'clock, but ten a m."""
-    minutes = f"oh {in_words(m[2][1])}" if m[2][0] == "0" else in_words(m[2])
-    minutes = ("" if m[3] else "o'clock") if m[2] == "00" else minutes
-    return f" {in_words(m[1])} {minutes} {f'{m[3].lower()} m' if m[3] else ''} "
-
-
 SAID = (  # forms, in this order, and how a person says them
     (r"\s*\n\s*", ". "), ("[\u00a0\u2009\u202f]", " "), ("[’‘]", "'"), ("[“”]", '"'), ("[–—−]", "-"),
     (r"(?<![\d.])\.(?=\d)", "0."), (r"\bNo\. (?=\d)", "number "), (r"\bSt\. (?=[A-Z])", "saint "),
@@ -663,8 +632,7 @@ SAID = (  # forms, in this order, and how a person says them
     (rf"\b((?:[Ii]n|[Ss]ince|[Uu]ntil|[Yy]ear|[Bb]efore|[Aa]fter|[Dd]uring|{MONTH})(?: \d\d?(?:st|nd|rd|th)?)?,?) "
      rf"{YEAR}\b(?![.,]\d|\s?(?:{UNIT})(?!\w))", lambda m: f"{m[1]} {in_words(m[2], 'year')}"),
     (r"\b(\d+)(?:st|nd|rd|th)\b", lambda m: in_words(m[1], "ordinal")),
-    (r"(?<![\d:])(\d\d?):(\d\d)\s*([AaPp])\.?[Mm]\b\.?", clock),
-    (r"(?<=\bat )(\d\d?):(\d\d)(?![\d:])()", clock), (r"(?<=\d)\s?(?=[½¼¾])", " and "),
+    (r"(?<=\d)\s?(?=[½¼¾])", " and "),
     (rf"\b([Aa]n? )({NUMBER})[ -]?({UNIT})(?= [a-z])", lambda m: counted(m[2], UNITS[m[3]], m[1])),
     (rf"(?<![\w.,/])({NUMBER})-({NUMBER})(?= [a-z]| ?(?:{UNIT})(?!\w))", r"\1 to \2"),
     (rf"(?<![\w.,])({NUMBER}) ?({UNIT})(?![\w²³/^])", lambda m: counted(m[1], UNITS[m[2]], "")),
@@ -818,33 +786,25 @@ COLUMNS = datasets.Features({
     "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
     "seconds": datasets.Value("float64"), "tts_wer": datasets.Value("float64"), "category": datasets.Value("string"),
 })
-SPOKEN = ("mmlu", "csv")
 
 
-def words_of(ours):
-    """What two rows share if one repeats the other word for word."""
-    return ours["question"], *ours["options"], ours["answer_index"]
-
-
-def converted(i, row, name, seen, part, args):
+def converted(i, row, name, part, args):
     """Convert a row and write its clip. Returns the line of rows.jsonl: the row and its clip, or why it is lost."""
     key = str(row.get("key") or f"{name}-{i}")
     try:
         ours = {"key": key} | SOURCES[name].make_row(i, row, args)
-        if words_of(ours) in seen:
-            raise Lost("word for word an earlier row")
     except Lost as loss:
-        tqdm.write(f"{key} is left out: {loss}")
-        return {"lost": loss.reason, "key": key}
+        reason, *found = loss.args
+        tqdm.write(f"{key} is left out: {reason}" + "".join(f" ({x})" for x in found))
+        return {"lost": reason, "key": key}
     waveform = ours.pop("audio")
     write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
-    seen.add(words_of(ours))
     return {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
 
 
 def convert(name, args):
     """Make the data set `args.out` of source `name`. A stopped run continues: no clip is made twice."""
-    source, out = SOURCES[name], new_folder(args.out)
+    source, out = SOURCES[name], Path(args.out)
     rows = open_source(source, args.origin or source.origin)
     count = min(len(rows), args.limit or len(rows))
     part = out.with_name(out.name + ".part")  # what is done so far
@@ -853,29 +813,30 @@ def convert(name, args):
         raise SystemExit(f"{part} is no stopped conversion: move it away, its place is needed")
     settings = {key: getattr(args, key, None) for key in ("max_seconds", "seed", "tries", "tts", "asr")}
     done = resume(part / "rows.jsonl", {"source": name, "rows": rows._fingerprint} | settings)[:count]
-    asked = name in SPOKEN and "-" in (rows["wav"] if "wav" in rows.column_names else "-")  # for a voice
-    if asked and len(done) < count:
-        args.voice, args.listener = Voice(args.tts, DEVICE), Listener(args.asr, DEVICE)
-    seen = {words_of(line["row"]) for line in done if "row" in line}
     for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
-        done.append(converted(i, rows[i], name, seen, part, args))
+        done.append(converted(i, rows[i], name, part, args))
         tars.append_line(part / "rows.jsonl", done[-1])
-        if len(done) == 10 and not seen and hasattr(args, "voice"):
-            tqdm.write(f"none of the first ten rows is kept: {args.tts} and {args.asr} do not fit each other")
-    lost, kept = ([line for line in done if kind in line] for kind in ("lost", "row"))
+    lost, kept = Counter(line["lost"] for line in done if "lost" in line), {}
+    for line in done:
+        if "row" in line:  # the first of those that are the same word for word
+            row = line["row"]
+            kept.setdefault((row["question"], *row["options"], row["answer_index"]), line)
+    if again := len(done) - lost.total() - len(kept):
+        lost["word for word an earlier row"] = again
     if not kept:
-        raise SystemExit(f"no row is left: {'; '.join(sorted({line['lost'] for line in lost}))}")
+        raise SystemExit(f"no row is left: {'; '.join(sorted(lost))}")
     # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
     ready = [dict.fromkeys(COLUMNS) | line["row"] | {"seconds": line["seconds"], "audio": {
-        "bytes": None, "path": str(part.resolve() / line["clip"])}} for line in kept]
+        "bytes": None, "path": str(part.resolve() / line["clip"])}} for line in kept.values()]
     questions = datasets.Dataset.from_list(ready, features=COLUMNS)
     questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
     (part / "data").rename(out)
     shutil.rmtree(part)
     print(f"\n{'rows in':<44}{count:>8}")
-    for reason, n in Counter(line["lost"] for line in lost).most_common():
+    for reason, n in lost.most_common():
         print(f"{'  left out: ' + reason:<44}{n:>8}")
-    print(f"{'rows out':<44}{len(kept):>8}\n{'hours of audio':<44}{sum(line['seconds'] for line in kept) / 3600:>8.2f}")
+    hours = sum(line["seconds"] for line in kept.values()) / 3600
+    print(f"{'rows out':<44}{len(kept):>8}\n{'hours of audio':<44}{hours:>8.2f}")
     print(f"written to {out}")
 
 
@@ -884,32 +845,31 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    of_demo = {
-        "--out": ("runs/demo", "directory to write"),
-        "--seed": (0, "seed of questions, voices and base model"),
-        "--text-steps": (800, "steps of the base model's stage 1"),
-        "--speech-steps": (600, "steps of its stage 2 at most"),
-        "--stop-at": (0.40, "speech accuracy at which stage 2 stops"),
-        "--worked-out": (1.0, "share of the LLM's answers that write the result between down"),
-        "--train-clips": (4000, "spoken training questions"),
-        "--val-clips": (512, "spoken questions that decide when stage 2 stops"),
-        "--test-clips": (512, "held-out spoken questions")}
-    of_all = {
-        "--out": ("runs/data", "directory to write"),
-        "--origin": ("", "hub name or local files to read; empty: the source's own place on the hub"),
-        "--limit": (0, "only the first so many rows; 0 means all"),
-        "--max-seconds": (120.0, "longer clips are left out")}
-    of_spoken = {
-        "--seed": (0, "seed of the voice's noise and speaking rate"),
-        "--tries": (10, "readings of a question before it is left out"),
-        "--tts": ("facebook/mms-tts-eng", "the voice, a VITS model"),
-        "--asr": ("openai/whisper-medium", "the listener, a Whisper model")}
-    flags = {"demo": of_demo} | {name: of_all | (of_spoken if name in SPOKEN else {}) for name in SOURCES}
-    for name in flags:
-        command = commands.add_parser(name, allow_abbrev=False)
-        for flag, (default, text) in flags[name].items():
-            command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{text} [{default}]")
+    spoken = ("mmlu", "csv")
+    flags = (  # name, default, of which sources, what it is
+        ("--seed", 0, ("demo", *spoken), "seed of questions, of voices and of the demo's base model"),
+        ("--text-steps", 800, ("demo",), "steps of the base model's stage 1"),
+        ("--speech-steps", 600, ("demo",), "steps of its stage 2 at most"),
+        ("--stop-at", 0.40, ("demo",), "speech accuracy at which stage 2 stops"),
+        ("--worked-out", 1.0, ("demo",), "share of the LLM's answers that write the result between down"),
+        ("--train-clips", 4000, ("demo",), "spoken training questions"),
+        ("--val-clips", 512, ("demo",), "spoken questions that decide when stage 2 stops"),
+        ("--test-clips", 512, ("demo",), "held-out spoken questions"),
+        ("--origin", "", SOURCES, "hub name or local files to read; empty: the source's own place on the hub"),
+        ("--limit", 0, SOURCES, "only the first so many rows; 0 means all"),
+        ("--max-seconds", 120.0, SOURCES, "longer clips are left out"),
+        ("--tries", 10, spoken, "readings of a question before it is left out"),
+        ("--tts", "facebook/mms-tts-eng", spoken, "the voice, a VITS model"),
+        ("--asr", "openai/whisper-medium", spoken, "the listener, a Whisper model"))
+    for source in ("demo", *SOURCES):
+        command = commands.add_parser(source, allow_abbrev=False)
+        command.add_argument("--out", default=f"runs/{source}", metavar="", help=f"directory to write [runs/{source}]")
+        for flag, default, sources, text in flags:
+            if source in sources:
+                command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{text} [{default}]")
     args = parser.parse_args(arguments)
+    if Path(args.out).exists():
+        raise SystemExit(f"{args.out} exists already: remove it to make it anew, or give another --out")
     demo(args) if args.source == "demo" else convert(args.source, args)
 
 

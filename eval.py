@@ -210,7 +210,7 @@ def transcript(output):
 def ask(args, cfg):
     """Print what the base model and each adapter answer to a clip, or to a written question, with its options."""
     spoken = re.search(r"\.(wav|mp3|flac|ogg|opus|aiff?)$", args.ask, re.IGNORECASE)
-    clip = wav_bytes(decode_clip(Path(args.ask).read_bytes())) if spoken else None
+    clip = wav_bytes(decode_clip({"bytes": None, "path": args.ask})) if spoken else None
     for name, lm, _ in speech_lms(args):
         asked = {"key": args.ask, "audio": {"bytes": clip}}
         with torch.no_grad():

@@ -46,7 +46,6 @@ from tokenizers import processors
 import data_prep
 import eval as evaluation
 import tars
-from data_prep import decode_clip
 from tars import Config, LoRALinear, Phi4Multimodal, Qwen25Omni, SpeechLM, attach_lora, load_questions, pick_references
 
 HERE = Path(__file__).parent
@@ -1400,25 +1399,31 @@ def test_demo_holds_out_its_test_sums(small_demo):
 
 
 # ==== data_prep.py: real data, on replicas of each source's layout ====================================================
+def decode(data):
+    """The waveform of an audio file's bytes."""
+    return data_prep.decode_clip({"bytes": data, "path": None})
+
+
 def test_clips_are_mixed_down_resampled_and_scaled():
-    stereo = decode_clip(wav(np.tile([[16384, 0], [0, -16384]], (900, 1))))
+    stereo = decode(wav(np.tile([[16384, 0], [0, -16384]], (900, 1))))
     assert stereo.tolist() == [0.25, -0.25] * 900
     second = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
-    clip = decode_clip(wav((second * 16384).astype(int)[:, None], rate=48_000))
+    clip = decode(wav((second * 16384).astype(int)[:, None], rate=48_000))
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     assert len(clip) == 16_000 and np.abs(clip.numpy() - expected)[100:-100].max() < 0.01
     for kind, subtype in (("WAV", "FLOAT"), ("WAV", "PCM_U8"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III")):
-        clip = decode_clip(wav(expected, 16_000, subtype, kind))
+        clip = decode(wav(expected, 16_000, subtype, kind))
         assert abs(len(clip) - 16_000) < 2000 and 0.45 < clip[2000:-2000].abs().max() < 0.55
 
 
 @pytest.mark.parametrize("data, says", [
-    (b"", "unreadable"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
-    (tone(0.01, 16_000), "shorter than 0.1 s .0.01 s."), (tone(301, 8_000), "longer than 300 s .301.00 s."),
-    (wav(np.full(8000, math.nan), subtype="FLOAT"), "NaN samples")], ids=lambda x: x if isinstance(x, str) else "clip")
+    (b"", "no clip"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
+    (tone(0.01, 16_000), "shorter than 0.1 s', 0.01"), (tone(301, 8_000), "longer than 300 s', 301"),
+    (wav(np.zeros(8000)), "silent"), (wav(np.full(8000, math.nan), subtype="FLOAT"), "NaN samples")],
+    ids=lambda x: x if isinstance(x, str) else "clip")
 def test_bad_clips_are_named(data, says):
     with pytest.raises(data_prep.Lost, match=says):
-        decode_clip(data)
+        decode(data)
 
 
 def replica(path, rows):
@@ -1447,9 +1452,10 @@ def test_tars_source(tmp_path):
     replica(tmp_path / "hub" / "train.parquet", [ROW | change for change in changes])
     counts = prepare("tars", "--origin", tmp_path / "hub", "--out", tmp_path / "data", "--max-seconds", 2)
     assert counts == {
-        "rows in": 12, "rows out": 2, "hours of audio": 0.0, "an unreadable clip": 1, "no clip": 1, "a silent clip": 1,
-        "a clip longer than 2 s": 1, "other than four options": 1, "the answer is none of the options": 1,
-        "an empty question": 1, "an empty option": 1, "two equal options": 1, "word for word an earlier row": 1}
+        "rows in": 12, "rows out": 2, "hours of audio": 0.0, "an unreadable clip": 1, "no clip": 1,
+        "a silent clip, or one with NaN samples": 1, "a clip longer than 2 s": 1, "other than four options": 1,
+        "the answer is none of the options": 1, "no text as question": 1, "no text as option": 1,
+        "two equal options": 1, "word for word an earlier row": 1}
     data = load_questions(tmp_path / "data")
     assert data["key"] == ["k0", "k1"] and data["tts_wer"] == [None, 0.05] and data["answer_index"] == [2, 2]
     assert [len(tars.read_clip(row["audio"]["bytes"])) for row in data] == [16_000, 24_000]
@@ -1458,14 +1464,13 @@ def test_tars_source(tmp_path):
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"question": None}, "an empty question"), ({"question": "\u200b"}, "an empty question"),
-    ({"question": 7}, "question that is no text"), ({"options": "wxyz"}, "other than four options"),
+    ({"question": None}, "no text as question"), ({"question": "\u200b"}, "no text as question"),
+    ({"question": 7}, "no text as question"), ({"options": "wxyz"}, "other than four options"),
     ({"options": {"A": "w", "B": "x", "C": "y", "D": "z"}}, "other than four options"),
-    ({"options": ["w", None, "y", "z"]}, "an empty option"),
-    ({"options": ["w", 2, "y", "z"]}, "option that is no text"), ({"answer_index": 1.0}, "the answer is none"),
-    ({"answer_index": True}, "the answer is none"), ({"answer_index": -1}, "the answer is none"),
-    ({"prompt_for_tts": None}, "an empty prompt"), ({"audio": {"bytes": None, "path": None}}, "no clip")],
-    ids=str)
+    ({"options": ["w", None, "y", "z"]}, "no text as option"), ({"options": ["w", 2, "y", "z"]}, "no text as option"),
+    ({"answer_index": 1.0}, "answer is none"), ({"answer_index": True}, "answer is none"),
+    ({"answer_index": -1}, "answer is none"), ({"prompt_for_tts": None}, "no text as prompt"),
+    ({"audio": None}, "no clip"), ({"audio": {"bytes": None, "path": None}}, "no clip")], ids=str)
 def test_a_cell_that_is_empty_or_of_another_type_loses_its_row(change, reason):
     row, args = ROW | {"audio": {"bytes": ROW["audio"], "path": None}}, SimpleNamespace(max_seconds=9)
     assert data_prep.from_tars(0, row | {"tts_wer": "n/a"}, args)["tts_wer"] is None
@@ -1632,25 +1637,18 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
     assert load_questions(tmp_path / "parts").to_list() == data.to_list()
 
 
-def test_a_reading_is_kept_below_ten_percent_of_wrong_words(tmp_path, capsys, monkeypatch):
+def test_a_reading_is_kept_below_ten_percent_of_wrong_words():
     # 8 words of the question and 12 of the options: one wrong word is 5 %, two are 10 %, which is no longer below it.
     row = {"question": "What is the sum of these two numbers?", "choices": FOUR, "answer": 0, "subject": "s"}
     args = SimpleNamespace(tries=1, seed=0, max_seconds=9, voice=CountingVoice(), listener=SimpleNamespace())
     args.listener.transcribe = lambda waveform: args.voice.text.replace("sum", "some")
     assert data_prep.from_mmlu(0, row, args)["tts_wer"] == 0.05
-    for wrong, other, says in (("these", "those", r"word error rate of 10 % or more, 1 tries \(at last 10%: .*some of"),
-                               ("Option D", "Option B", r"(?s)option d not heard, 1 tries \(at last 10%: ")):
+    for wrong, other, says in (("these", "those", "word error rate of 10 % or more, 1 tries', 'at last 10%: .*some of"),
+                               ("Option D", "Option B", "option d not heard, 1 tries', 'at last 10%: ")):
         args.listener.transcribe = lambda waveform, w=wrong, o=other: args.voice.text.replace(
             "sum", "some").replace(w, o)
         with pytest.raises(data_prep.Lost, match=says):
             data_prep.from_mmlu(0, row, args)
-    text = "question,A,B,C,D,answer\n" + "".join(f"Who is number {i}?,w,x,y,z,C\n" for i in range(12))
-    (tmp_path / "questions.csv").write_text(text)
-    monkeypatch.setattr(data_prep, "Voice", lambda *args: CountingVoice())
-    monkeypatch.setattr(data_prep, "Listener", lambda *args: SimpleNamespace(transcribe=lambda waveform: "noise"))
-    with pytest.raises(SystemExit, match="no row is left: option d not heard, 2 tries"):
-        data_prep.main(["csv", "--origin", str(tmp_path / "questions.csv"), "--tries", "2", "--out", f"{tmp_path}/new"])
-    assert capsys.readouterr().out.count("none of the first ten rows is kept: facebook/mms-tts-eng and openai") == 1
 
 
 @pytest.mark.parametrize("text, spoken", [
@@ -1658,8 +1656,8 @@ def test_a_reading_is_kept_below_ten_percent_of_wrong_words(tmp_path, capsys, mo
     ("007", "zero zero seven"), (".05", "zero point zero five"), ("from -5 to 3", "from minus five to three"),
     ("the 2nd and 21st", "the second and twenty first"), ("in 1984", "in nineteen eighty four"),
     ("July 4, 1776", "july four seventeen seventy six"), ("the 1990s", "the nineteen nineties"),
-    ("1984 people", "one thousand nine hundred eighty four people"), ("at 3:30 p.m. or", "at three thirty p m or"),
-    ("10:00 AM", "ten a m"), ("at 10:00", "at ten o'clock"), ("at 9:05", "at nine oh five"), ("$1", "one dollar"),
+    ("1984 people", "one thousand nine hundred eighty four people"), ("at 3 p.m. or", "at three p m or"),
+    ("$1", "one dollar"),
     ("$5.50", "five dollars and fifty cents"), ("$3 million", "three million dollars"), ("£0.50", "fifty pence"),
     ("a $10 bill", "a ten dollar bill"), ("5-10 days", "five to ten days"), ("10 - 3", "ten minus three"),
     ("1½ cups", "one and one half cups"), ("x² + y = 4", "x squared plus y equals four"),
@@ -1675,8 +1673,8 @@ def test_spelled_out_as_a_person_says_it(text, spoken):
 
 @pytest.mark.parametrize("text", [
     "x != y", "5!", "|x|", "$1.5M", "i++", "a == b", "A -> B", "C6H12O6", "Fe2(SO4)3", "https://example.com", "5-10",
-    "3:1", "ratio 3:15", "x_1", "x^2", "1/2", "9/11", "f(x)", "(x + 1)(x - 1)", "I and III", "COVID-19", "3D", "2x",
-    "1.2.3", "12,34", r"\frac{a}{b}", "$x$", "9.8 m/s²", "5 * 3", "[1]", "#1", "~5", "Main St. today", "北京", "😀"])
+    "3:1", "at 3:30", "10:00 AM", "x_1", "x^2", "1/2", "9/11", "f(x)", "(x + 1)(x - 1)", "I and III", "COVID-19", "3D",
+    "2x", "1.2.3", "12,34", r"\frac{a}{b}", "$x$", "9.8 m/s²", "5 * 3", "[1]", "#1", "~5", "Main St. b", "北京", "😀"])
 def test_what_no_rule_says_is_lost_and_not_guessed(text):
     with pytest.raises(data_prep.Lost, match="no rule"):
         data_prep.spell_out(text)
@@ -1922,7 +1920,7 @@ def test_asr_asks_under_a_neutral_system_text(lm, small_demo, monkeypatch):
 def test_ask_answers_a_clip_or_a_written_question(small_demo, small_run, tmp_path):
     adapter, question = small_run, load_questions(small_demo / "test")[0]
     (tmp_path / "clip.wav").write_bytes(question["audio"]["bytes"])
-    question["audio"]["bytes"] = data_prep.wav_bytes(decode_clip(question["audio"]["bytes"]))  # converted as any clip
+    question["audio"]["bytes"] = data_prep.wav_bytes(decode(question["audio"]["bytes"]))  # converted as any clip
     lm = SpeechLM.from_pretrained(str(small_demo / "model"))
     asked = (tmp_path / "clip.wav", tars.written_question(question))
     printed = [here(evaluation, "--model", small_demo / "model", "--adapter", adapter, "--ask", x) for x in asked]
