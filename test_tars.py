@@ -172,17 +172,6 @@ def test_eq6_behavior_reward_by_hand_and_by_loop():
         assert tars.behavior_reward(speech, text)[i].item() == pytest.approx(cos(speech[i], text[i]))
 
 
-def test_references_are_correct_random_and_of_the_same_group():
-    correct = torch.tensor([[False, True, False, True], [False, False, False, False], [True, False, False, False]])
-    drawn = torch.stack([pick_references(correct, torch.Generator().manual_seed(i)) for i in range(400)])  # [400, 3, 4]
-    assert set(drawn[:, 0].unique().tolist()) == {1, 3}
-    assert (drawn[:, 1] == -1).all() and (drawn[:, 2] == 0).all()
-    assert 0.45 < (drawn[:, 0] == 1).double().mean() < 0.55  # 1600 draws: 4 standard errors are 0.05
-    assert (drawn[:, 0, 0] != drawn[:, 0, 1]).any()  # each spoken answer has a draw of its own
-    again = torch.stack([pick_references(correct, torch.Generator().manual_seed(i)) for i in range(400)])
-    assert torch.equal(drawn, again)
-
-
 def test_reference_features_are_the_drawn_written_answers_and_zero_without_one():
     speech, text = random_(2, 3, 5), random_(2, 3, 5, seed=1)  # [B, G/2, D] each
     references = torch.tensor([[2, 0, 2], [-1, -1, -1]])
@@ -710,38 +699,7 @@ def test_pad_left_by_hand():
     assert tars.positions(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
 
 
-def test_paired_rows_by_hand():
-    # Question 1: a prompt of 2 tokens with answers of 2 and 1, one of 1 with answers of 1 and 1, padded by 1 token.
-    # Question 2: a prompt of 1 with answers of 2 and 2, one of 2 with answers of 1 and 1.
-    is_token = torch.tensor([[[2, 1], [1, 1]], [[2, 2], [1, 1]]])[..., None] > torch.arange(2)
-    sees, positions, predictor = tars.paired_rows(torch.tensor([[2, 1], [1, 2]]), is_token)
-    assert positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 0], [0, 1, 2, 1, 2, 0, 1, 2, 2]]
-    assert predictor.tolist() == [[-1, -1, 1, 2, 1, -1, 5, 5, -1], [-1, 0, 1, 0, 3, -1, -1, 6, 6]]
-    assert sees[0, 0].int().tolist() == [  # query x key; padding sees itself, for softmax over nothing is NaN
-        [1, 0, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0, 0, 0],
-        [0, 0, 0, 0, 0, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0, 1, 0],
-        [0, 0, 0, 0, 0, 0, 0, 0, 1]]
-    assert sees[1, 0, 4].int().tolist() == [1, 0, 0, 1, 1, 0, 0, 0, 0]
-    assert sees[1, 0, 8].int().tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1]
-
-
 # ==== 5. LoRA =========================================================================================================
-def test_lora_by_hand():
-    linear = torch.nn.Linear(2, 1, bias=False)
-    linear.weight.data = torch.tensor([[1.0, 2.0]])
-    lora = LoRALinear(linear, rank=1, alpha=4)
-    assert lora(torch.tensor([3.0, 5.0])).item() == 13.0  # B starts at zero: W x = 3 + 10
-    assert lora.lora_A.abs().min() > 0  # A does not, or nothing would ever be learnt
-    lora.lora_A.data, lora.lora_B.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.5]])
-    assert lora(torch.tensor([3.0, 5.0])).item() == 29.0  # 13 + 4 / 1 * 0.5 * (3 + 5)
-
-
 def test_lora_is_on_the_llm_alone_and_all_that_is_trained(lm, capsys):
     total = sum(p.numel() for p in lm.model.parameters())
     optimizer = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, layers="2-3"))
@@ -1471,36 +1429,27 @@ def test_sources_take_their_own_split_and_overwrite_nothing(tmp_path):
         prepare("mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "hub")
 
 
-TABLE = "question,A,B,C,D,answer,wav\nWho?,NA,007,y,z,C,1.wav\n"
-
-
-@pytest.mark.parametrize("text, lost", [
-    (TABLE + "a, b?,w,x,y,z,C,1.wav\n", {"more cells than columns": 1}),
-    (TABLE + "When?,w,x,y,z,C,\n", {"no recording, and no dash that asks for a voice": 1}),
-    (TABLE + "When?,w,x,y\n,,,,,,\n", {"the answer is none of the options": 2}),
-    (TABLE + "When?,w,x,y,z,C,2.wav\n", {"no clip": 1})],
-    ids=["a comma too many", "no recording", "short and blank rows", "no file"])
-def test_rows_of_a_table_that_cannot_be_used_are_left_out_and_counted(tmp_path, monkeypatch, text, lost):
+def test_rows_of_a_table_are_recordings_spoken_or_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(data_prep, "Voice", lambda *args: pytest.fail("no row asks for a voice"))
     (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
-    (tmp_path / "questions.csv").write_text(text)
-    counts = prepare("csv", "--origin", tmp_path / "questions.csv", "--out", tmp_path / "data")
-    assert counts == {"rows in": 1 + sum(lost.values()), "rows out": 1, "hours of audio": 0.0} | lost
-    (row,) = load_questions(tmp_path / "data")
+    head, recorded = "question,A,B,C,D,answer,wav\n", "Who?,NA,007,y,z,C,1.wav\n"
+    rows = ("a, b?,w,x,y,z,C,1.wav", "When?,w,x,y,z,C,", "When?,w,x,y", ",,,,,,", "When?,w,x,y,z,C,2.wav")
+
+    def converted(name, text):
+        (tmp_path / f"{name}.csv").write_text(text)
+        return prepare("csv", "--origin", tmp_path / f"{name}.csv", "--out", tmp_path / name)
+
+    assert converted("recorded", "\n".join([head + recorded, *rows])) == {
+        "rows in": 6, "rows out": 1, "hours of audio": 0.0, "more cells than columns": 1, "no clip": 1,
+        "no recording, and no dash that asks for a voice": 1, "the answer is none of the options": 2}
+    (row,) = load_questions(tmp_path / "recorded")
     assert (row["question"], row["options"], row["seconds"]) == ("Who?", ["NA", "007", "y", "z"], 1.0)
-
-
-def test_tables_with_and_without_recordings_are_spoken_where_they_ask_for_it(tmp_path, monkeypatch):
     voice = CountingVoice()
     monkeypatch.setattr(data_prep, "Voice", lambda *args: voice)
     monkeypatch.setattr(data_prep, "Listener", lambda *args: voice)
-    (tmp_path / "1.wav").write_bytes(tone(1, 16_000))
-    (tmp_path / "some.csv").write_text(TABLE + "When?,w,x,y,z,C,-\nWhere?,w,x,y,z,C,\n")
-    (tmp_path / "none.csv").write_text("question,A,B,C,D,answer\nWho?,w,x,y,z,C\n")
-    for name, rows, readings in (("some", 2, 2), ("none", 1, 1)):  # the first reading of row 1 is heard wrong
-        voice.seeds.clear()
-        counts = prepare("csv", "--origin", tmp_path / f"{name}.csv", "--out", tmp_path / name)
-        assert counts["rows out"] == rows and len(voice.seeds) == readings
+    assert converted("some", head + recorded + "When?,w,x,y,z,C,-\n")["rows out"] == 2
+    assert len(voice.seeds) == 2  # the first reading of row 1 is heard wrong
+    assert converted("none", "question,A,B,C,D,answer\nWho?,w,x,y,z,C\n")["rows out"] == 1 and len(voice.seeds) == 3
 
 
 class CountingVoice:
@@ -1768,15 +1717,6 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
     assert float(fixed[-1].split()[-1]) == pytest.approx(average[0] / 0.8, abs=0.1)
 
 
-def test_the_denominator_of_mrr_is_the_bases_own_even_if_it_is_zero(monkeypatch, capsys):
-    records = {name: [{"modality": m, "right": right, "answer": "A", "cut": False, "tokens": 3}
-                      for m in tars.MODALITIES] for name, right in (("base", False), ("trained", True))}
-    monkeypatch.setattr(evaluation, "speech_lms", lambda args: ((name, None, []) for name in records))
-    monkeypatch.setattr(evaluation, "cached_records", lambda name, *rest: records[name])
-    evaluation.table_1(None, Config(), {"test": [1]})
-    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]] == ["-", "-"]  # no rate
-
-
 def test_kept_answers_belong_to_their_questions_and_weights_in_the_datas_order(small_demo, tmp_path):
     shutil.copytree(small_demo / "model", tmp_path / "model")
     args = SimpleNamespace(model=str(tmp_path / "model"), out=tmp_path / "eval")
@@ -2024,25 +1964,18 @@ def test_baselines_train_as_a_run_that_eval_reads(small_demo, tmp_path, method, 
 
 
 def test_iterated_sft_samples_from_the_model_as_it_is_then(small_demo, monkeypatch):
-    lm = SpeechLM.from_pretrained(str(small_demo / "model"))
-    optimizer = torch.optim.SGD(attach_lora(lm, 2, 4), lr=0.0)
-    questions, drawn, calls = [load_questions(small_demo / "train")[0]], [], iter(range(9))
+    lm, questions = SpeechLM.from_pretrained(str(small_demo / "model")), [load_questions(small_demo / "train")[0]]
+    weights = attach_lora(lm, 2, 4)
     cfg = baselines.BaselineConfig(steps=4, rounds=2, method="sft", max_new_tokens=26)
-
-    def answers(*args):
-        drawn.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
-        return [None]
-
-    monkeypatch.setattr(baselines, "offline_answers", answers)
-    sampler = []
+    drawn, sampler, calls = [], [], iter(range(9))
+    monkeypatch.setattr(baselines, "offline_answers", lambda *args: drawn.append(weights[0][0, 0].item()) or [None])
     for step in range(4):
-        with torch.no_grad():
-            for p in optimizer.param_groups[0]["params"]:
-                p.fill_(1.0 + step)
+        for p in weights:
+            p.data.fill_(1.0 + step)
+        optimizer = torch.optim.SGD(weights, lr=0.0)
         baselines.offline_step(sampler, calls, lm, questions, None, None, optimizer, cfg, None)
     # The first round draws from the base model, LoRA at 0; the second from the weights after two steps.
-    assert [weights[0].unique().tolist() for weights in drawn] == [[0.0], [0.0], [3.0], [3.0]]
-    assert optimizer.param_groups[0]["params"][0].unique().tolist() == [4.0]  # the trained weights are back
+    assert drawn == [0.0, 0.0, 3.0, 3.0] and weights[0][0, 0] == 4.0  # the trained weights are back
 
 
 # ==== Speed: TARS_SLOW=1 python -m pytest -q -s -k speed ==============================================================
