@@ -304,11 +304,10 @@ def paired_difference(differences):
     return d.mean(), half, int((d > 0).sum())
 
 
-def accuracy_curve(log, summary, modality):
-    """Accuracy in percent after each step from 0, the base model, on: evaluations, joined by straight lines."""
-    measured = {0: summary[f"base_{modality}"]}
-    measured |= {line["step"]: line[f"eval_{modality}"] for line in log if "eval_speech" in line}
-    return 100 * np.interp(range(max(measured) + 1), [*measured], [*measured.values()])
+def accuracies(log, summary, modality):
+    """Of the base model, and of a run at its evaluations, in percent."""
+    key = f"eval_{modality}"
+    return 100 * np.array([summary[f"base_{modality}"], *(line[key] for line in log if key in line)])
 
 
 def read_groups(folders):
@@ -360,13 +359,12 @@ def compare_runs(args):
             for column, when in (("base", "base_"), (numbers[name], "")):
                 cells[column] = " / ".join(f"{100 * summary[when + m]:.1f}" for m in MODALITIES)
     print(f"{table(rows)}\n\nspeech / text %\n{table(dict(sorted(of_seed.items())))}")
-    if args.plot:
-        curves = {name: [accuracy_curve(*run, "speech") for run in runs.values()] for name, runs in groups.items()}
-        curves["in writing, all runs"] = [accuracy_curve(*run, "text") for runs in groups.values()
-                                          for run in runs.values()]
-        bands = {name: (np.arange(len(lines[0])), np.mean(lines, 0), np.std(lines, 0))
-                 for name, lines in curves.items()}
-        draw(bands, "step", "accuracy, %", args.plot)
+    if args.plot:  # runs that were evaluated at the same steps
+        steps = [0, *(line["step"] for line in next(iter(runs.values()))[0] if "eval_speech" in line)]
+        curves = {name: [accuracies(*run, "speech") for run in runs.values()] for name, runs in groups.items()}
+        curves["in writing, all runs"] = [accuracies(*run, "text") for runs in groups.values() for run in runs.values()]
+        draw({name: (steps, np.mean(lines, 0), np.std(lines, 0)) for name, lines in curves.items()}, "step",
+             "accuracy, %", args.plot)
 
 
 # ==== 6. --explain: one group worked through, equation by equation ====================================================
