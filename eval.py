@@ -334,8 +334,6 @@ def read_groups(folders):
             raise SystemExit(f"--compare: {folder} does not fit the other runs of seed {seed}: its base model, data"
                              " or number of steps differ, or nothing does")
         group[seed] = log, summary
-    if not groups:
-        raise SystemExit("--compare: none of the folders holds a finished run")
     return groups
 
 

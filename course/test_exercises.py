@@ -346,7 +346,7 @@ def test_exercise_12_dpo():
         margins = [margin(whole, q, pair) for q, pair in zip(questions, pairs, strict=False)]
         with baselines.lora_weights(lm):
             margins = [m - margin(whole, q, pair) for m, q, pair in zip(margins, questions, pairs, strict=False)]
-        return sum(math.log(1 + math.exp(-0.3 * m)) for m in margins) / 2
+        return sum(math.log(1 + math.exp(-0.3 * m.item())) for m in margins) / 2
 
     compare(given, wanted(), "offline_loss of DPO", {
         "the base model is the model without LoRA: yours has it, and the loss is log 2": math.log(2),
