@@ -41,8 +41,9 @@ import tars
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
 from tars import BFLOAT16, DEVICE, LETTERS, MODALITIES, SPEECH, TEXT, Config, SpeechLM
 
-# In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
+# In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags; what a model may write all the same.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
+TAGS = re.compile(r"<think>.*</think>|</?(?:think|answer)>", re.DOTALL)
 
 
 # ==== 1. Numbers ======================================================================================================
@@ -181,30 +182,24 @@ def transcribe(args, cfg, sets):
     """Print the word error rate of each model as a transcriber of the clips, against the text they were spoken from."""
     rows = {}
     for name, lm, _ in speech_lms(args):
-        before = lm.family.before_user.replace(tars.SYSTEM_PROMPT, ASR_SYSTEM)
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
             raise SystemExit(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
                              "this model (the demo's, say) was never taught to transcribe")
-        with torch.no_grad():
-            before, request, after = (lm.embed_text(part, special=True)
-                                      for part in (before, ASR_REQUEST, lm.family.after_user))
-        rows[name] = {}
+        writer, rows[name] = copy(lm), {}
+        writer.family = type("Transcriber", (lm.family,), {
+            "before_user": lm.family.before_user.replace(tars.SYSTEM_PROMPT, ASR_SYSTEM),
+            "after_user": ASR_REQUEST + lm.family.after_user})
         for data, questions in sets.items():
             errors = []
             for batch in tars.question_batches(questions, cfg.eval_batch, "asr"):
                 with torch.no_grad():
-                    prompts = [[torch.cat([before, turn, request, after])] for turn in lm.spoken_turns(batch)]
+                    prompts = [[writer.prompt(turn)] for turn in lm.spoken_turns(batch)]
                 outputs = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
-                errors += [word_error_rate(q["prompt_for_tts"], transcript(text))
+                errors += [word_error_rate(q["prompt_for_tts"], TAGS.sub(" ", text))
                            for q, text in zip(batch, outputs, strict=True)]
             mean, half = mean_and_interval(100 * np.array(errors))
             rows[name][data] = f"{mean:.1f} +- {half:.1f}"
     print(f"word error rate in percent, mean over clips and its 95 % interval\n{table(rows)}")
-
-
-def transcript(output):
-    """An output without the tags, and the thought, of a model that was trained to write them."""
-    return re.sub(r"</?(think|answer)>", " ", re.sub(r"<think>.*</think>", "", output, flags=re.DOTALL)).strip()
 
 
 def ask(args, cfg):
@@ -479,15 +474,17 @@ def with_random_weights(path):
     return lm
 
 
-def timed(method, seconds, phase):
-    """The same method; the seconds it takes are added to seconds[phase]."""
+def timed(lm, name, seconds):
+    """From now on the seconds that lm's method `name` takes are added to seconds[name]."""
+    method = getattr(lm, name)
+
     def call(*args, **kwargs):
         start = clock()
         result = method(*args, **kwargs)
-        seconds[phase] += clock() - start
+        seconds[name] += clock() - start
         return result
 
-    return call
+    setattr(lm, name, call)
 
 
 def clock():
@@ -510,13 +507,12 @@ def random_weights(args, cfg):
     questions = [{"key": f"noise-{i}", "question": "word " * int(340 / 73 / 5 * seconds), "options": list(LETTERS),
                   "answer_index": 0, "audio": {"bytes": wav_bytes(clip)}} for i, clip in enumerate(clips)]
     optimizer, generator = tars.make_trainable(lm, cfg), torch.Generator(lm.device).manual_seed(cfg.seed)
-    methods = {"embed": "embed_prompts", "rollout": "rollout", "forward": "score"}
-    print("".join(f"{name:>15}" for name in ("step", *methods, "backward, rest", "total s", "tokens/s", "peak GiB")))
-    phases = dict.fromkeys(methods, 0.0)
-    for phase, name in methods.items():
-        setattr(lm, name, timed(getattr(lm, name), phases, phase))
+    phases = dict.fromkeys(("embed_prompts", "rollout", "score"), 0.0)
+    print("".join(f"{name:>15}" for name in ("step", *phases, "backward, rest", "total s", "tokens/s", "peak GiB")))
+    for name in phases:
+        timed(lm, name, phases)
     for step in range(2):
-        phases |= dict.fromkeys(methods, 0.0)
+        phases |= dict.fromkeys(phases, 0.0)
         start = clock()
         metrics, _ = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, generator)
         total = clock() - start

@@ -1825,7 +1825,7 @@ def test_random_weights_rehearse_full_length_answers_without_a_download(tmp_path
     config.save_pretrained(tmp_path)
     flags = ("--random-weights", tmp_path, "--audio-seconds", 2, "--questions-per-step", 2, "--max-new-tokens")
     head, _, second = here(evaluation, *flags, 7).splitlines()[-3:]
-    assert head.split() == "step embed rollout forward backward, rest total s tokens/s peak GiB".split()
+    assert head.split() == "step embed_prompts rollout score backward, rest total s tokens/s peak GiB".split()
     *phases, total, speed, _ = map(float, second.split()[1:])
     assert sum(phases) == pytest.approx(total, abs=0.05)
     assert 112 / (total + 0.01) - 1 < speed < 112 / (total - 0.01) + 1  # each of 2 x 8 answers has 7 tokens
