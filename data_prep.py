@@ -24,7 +24,6 @@ import wave
 from collections import Counter, namedtuple
 from itertools import pairwise, product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
@@ -93,10 +92,9 @@ def worked_answer(thought, letter):
 
 
 # ==== 2. The demo's voice: each letter of a word is a triple of formants ==============================================
-VOWELS = "aeiou"
 # Spread over the vowel plane by an irrational step, so that no two letters share a triple.
 FORMANTS = {letter: (250 + 650 * (i * 0.618 % 1), 950 + 1450 * (i * 0.382 % 1), 2500 + 1200 * (i * 0.786 % 1))
-            for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
+            for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")} | {None: (500.0, 1500.0, 2500.0)}  # silence
 
 
 def speak(text, rng):
@@ -109,18 +107,17 @@ def speak(text, rng):
         seconds = (0.03 + 0.010 * len(spoken)) / speed
         segments += [(letter, seconds / len(spoken)) for letter in spoken]
         now += seconds
-        ends.append((word.strip(".,"), now))
+        ends.append((spoken, now))
         pause = (0.05 if word != spoken else 0.01) / speed
         segments.append((None, pause))
         now += pause
     lengths = [round(seconds * SAMPLE_RATE) for _, seconds in segments]
-    silence = (500.0, 1500.0, 2500.0)
 
     def track(values):
         return np.repeat(np.array(values, np.float32), lengths, axis=0)
 
-    formants = tract * track([FORMANTS.get(letter, silence) for letter, _ in segments])  # [T, 3]
-    voiced = track([1.0 if letter and letter in VOWELS else 0.25 for letter, _ in segments])  # [T]
+    formants = tract * track([FORMANTS[letter] for letter, _ in segments])  # [T, 3]
+    voiced = track([1.0 if letter in {*"aeiou"} else 0.25 for letter, _ in segments])  # [T]
     loud = track([0.0 if letter is None else 1.0 for letter, _ in segments])
     smooth = np.hanning(161).astype(np.float32)
     smooth /= smooth.sum()
@@ -149,17 +146,12 @@ def wav_bytes(waveform):
 PAUSE = " …"  # what the LLM's own vocabulary has for silence
 
 
-def demo_texts(rng):
-    """All texts of the demo's prompts and answers, for its tokenizer."""
+def demo_tokenizer(rng):
+    """Every word of the demo (with the space before it), mark and tag is one token; decoding gives the exact string."""
     texts = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
     for i, expression in enumerate(expressions()):
-        texts += [tars.written_question(sum_question(expression, i % 4, rng, "")),
-                  worked_answer(in_steps(expression), i % 4)]
-    return texts
-
-
-def demo_tokenizer(texts):
-    """Every word of `texts` (with the space before it), mark and tag is one token; decoding gives the exact string."""
+        texts.append(tars.written_question(sum_question(expression, i % 4, rng, "")))
+        texts.append(worked_answer(in_steps(expression), i % 4))
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
                "<|IMAGE|>", "<|VIDEO|>"]
     piece = r"(?:system|user|assistant)\n|</?(?:think|answer)>|Option [ABCD]:| ?[\w…]+|\n+|[^\w\s]"
@@ -202,17 +194,17 @@ def lesson(expressions, rng, learnt):
     words just written; from the questions alone it memorises. "solve": the whole task, twice with a single sum.
     """
 
-    def draw(count):
-        return [expressions[i] for i in rng.integers(len(expressions), size=count)]
+    def draw(kind, count):
+        return [(kind, expressions[i]) for i in rng.integers(len(expressions), size=count)]
 
     if learnt < 0.28:
-        return [("look up", expression) for expression in draw(24)]
+        return draw("look up", 24)
     chains = []
     for values in rng.integers(10, size=(6, 7)):
         steps = [("minus" if new < value else "plus", abs(new - value)) for value, new in pairwise(values)]
-        chains.append((values[0], *(x for step in steps for x in step)))
-    return ([("look up", expression) for expression in draw(5)] + [("add", chain) for chain in chains] +
-            [("solve", expression) for expression in draw(11)] + [("solve", expression[:3]) for expression in draw(2)])
+        chains.append(("add", (values[0], *(x for step in steps for x in step))))
+    return (draw("look up", 5) + chains + draw("solve", 11) +
+            [("solve", expression[:3]) for _, expression in draw("solve", 2)])
 
 
 def text_batch(tokenizer, exercises, rng, pauses, worked_out=1.0):
@@ -335,8 +327,7 @@ def answer_loss(lm, spoken, answers):
 def spoken_accuracy(lm, questions):
     """Share of spoken questions that greedy answers get right."""
     right = 0
-    for first in range(0, len(questions), 64):
-        batch = questions[first : first + 64]
+    for batch in tars.question_batches(questions, 64, "stage 2, accuracy"):
         prompts = [[lm.prompt(turn)] for turn in lm.spoken_turns(batch)]  # b lists of one prompt [P, H]
         completions = lm.detokenize(*lm.rollout(prompts, 1, 26, temperature=0)[:2])
         right += tars.judge(batch, completions, tars.extract_answers)[1].sum().item()
@@ -408,7 +399,7 @@ def demo(args):
         answers[part] = [worked_answer(in_steps(expression, args.worked_out, rng), letter)
                          for expression, letter in asked]
 
-    tokenizer = demo_tokenizer(demo_texts(rng))
+    tokenizer = demo_tokenizer(rng)
     model = demo_model(tokenizer)
     train_llm(model, tokenizer, sums[384:], rng, args.text_steps, args.worked_out)
     feature_extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300)
@@ -416,16 +407,14 @@ def demo(args):
     train_encoder(lm, rows["train"], words["train"], answers["train"], rows["val"], rng, args.speech_steps,
                   args.stop_at)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=out.name) as folder:  # renamed when all of it is written
-        aside = Path(folder) / out.name
-        for part in parts:
-            questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
-            questions.save_to_disk(aside / part)
-        for piece in (model, tokenizer, feature_extractor):
-            piece.save_pretrained(aside / "model")
-        write_aside(aside / "model" / "tars_config.json", DEMO_SETTINGS)
-        aside.rename(out)
+    aside = out.with_name(out.name + ".part")  # renamed when all of it is written
+    for part in parts:
+        questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
+        questions.save_to_disk(aside / part)
+    for piece in (model, tokenizer, feature_extractor):
+        piece.save_pretrained(aside / "model")
+    write_aside(aside / "model" / "tars_config.json", DEMO_SETTINGS)
+    aside.rename(out)
     print(f"{out}: base model, {len(rows['train'])} training and {len(rows['test'])} test questions")
 
 
@@ -779,13 +768,7 @@ def resume(file, begun):
     return lines
 
 
-COLUMNS = datasets.Features({
-    "key": datasets.Value("string"), "question": datasets.Value("string"),
-    "options": datasets.List(datasets.Value("string")), "answer_index": datasets.Value("int64"),
-    "prompt_for_tts": datasets.Value("string"),
-    "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-    "seconds": datasets.Value("float64"), "tts_wer": datasets.Value("float64"), "category": datasets.Value("string"),
-})
+COLUMNS = ("key", "question", "options", "answer_index", "prompt_for_tts", "audio", "seconds", "tts_wer", "category")
 
 
 def converted(i, row, name, part, args):
@@ -828,8 +811,8 @@ def convert(name, args):
     # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
     ready = [dict.fromkeys(COLUMNS) | line["row"] | {"seconds": line["seconds"], "audio": {
         "bytes": None, "path": str(part.resolve() / line["clip"])}} for line in kept.values()]
-    questions = datasets.Dataset.from_list(ready, features=COLUMNS)
-    questions.cast_column("audio", datasets.Audio(decode=False)).save_to_disk(part / "data")
+    questions = datasets.Dataset.from_list(ready).cast_column("audio", datasets.Audio(decode=False))
+    questions.save_to_disk(part / "data")
     (part / "data").rename(out)
     shutil.rmtree(part)
     print(f"\n{'rows in':<44}{count:>8}")

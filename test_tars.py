@@ -244,7 +244,7 @@ SUMS = list(data_prep.expressions())
 
 def tiny_qwen():
     """The demo's architecture and tokenizer, untrained, with four query heads to a key head."""
-    tokenizer = data_prep.demo_tokenizer(data_prep.demo_texts(np.random.default_rng(0)))
+    tokenizer = data_prep.demo_tokenizer(np.random.default_rng(0))
     config = data_prep.demo_model(tokenizer).config
     config.text_config.num_key_value_heads = 2
     torch.manual_seed(0)
@@ -254,7 +254,7 @@ def tiny_qwen():
 
 def tiny_phi():
     """A Phi-4-multimodal of the same size over the demo's words."""
-    tokenizer = data_prep.demo_tokenizer(data_prep.demo_texts(np.random.default_rng(0)))
+    tokenizer = data_prep.demo_tokenizer(np.random.default_rng(0))
     tokenizer.add_special_tokens({"additional_special_tokens": [
                                       "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|audio|>", "<|image|>"]})
     end, turn, audio, image = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>", "<|audio|>", "<|image|>"])
