@@ -3,12 +3,10 @@
   python course/baselines.py sft --model M --seed S --out RUN    # learns its correct written answers
   python course/baselines.py dpo --lr 0.0005 ...                 # learns to prefer them to its wrong spoken answers
   python course/baselines.py sft --rounds 4 ...                  # rounds 2 to 4 sample from the trained model
-  python course/baselines.py sft --steps 480 ...                 # three times as many questions as the demo's 160 steps
 
-Both learn under the spoken prompt. All but the step is tars.py's: settings and their flags, data order, evaluation,
-log, checkpoint, adapter; eval.py reads such a run like one of tars.py. Answers are drawn from the base model, those of
-a question when its turn comes, which is the same as drawing all before training. With --rounds N the sampler takes over
-the trained weights N - 1 times, after equal numbers of steps: iterated SFT.
+Both learn under the spoken prompt. All but the step is tars.py's, and eval.py reads such a run like one of tars.py.
+Answers are drawn from the base model, those of a question when its turn comes, which is the same as drawing all before
+training. With --rounds N the sampler takes over the trained weights N - 1 times, after equal numbers of steps.
 """
 
 import math
@@ -21,7 +19,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -90,7 +87,7 @@ def offline_loss(method, lm, prompts, answers, beta=0.1):
     """
     spoken = [[question[SPEECH]] for question in prompts]
     rows = [ids for question in answers for ids in question]  # b * K of [C]
-    ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True).unflatten(0, (len(answers), 1, -1))
+    ids, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True).unflatten(0, (len(answers), 1, -1))
                  for x in (rows, [torch.ones_like(ids) for ids in rows]))  # [b, 1, K, C] each
     if method == "dpo":
         with torch.no_grad(), lora_weights(lm):
@@ -115,10 +112,11 @@ def offline_step(sampler, calls, lm, questions, embedder, extract, optimizer, cf
         answers = offline_answers(cfg.method, lm, questions, prompts, extract, cfg, generator)
     # 2. The loss of the questions that have their answers, and the update; without any the step is skipped.
     kept = [pair for pair in zip(prompts, answers, strict=True) if pair[1]]
-    nothing = torch.tensor(math.nan, requires_grad=True)
-    loss = offline_loss(cfg.method, lm, *zip(*kept, strict=True)) if kept else nothing
+    loss = torch.tensor(math.nan, requires_grad=True)
+    if kept:
+        loss = offline_loss(cfg.method, lm, *zip(*kept, strict=True))
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     finite = (loss + grad_norm).isfinite().item()
     if finite:
         optimizer.step()
