@@ -407,7 +407,7 @@ def demo(args):
     train_encoder(lm, rows["train"], words["train"], answers["train"], rows["val"], rng, args.speech_steps,
                   args.stop_at)
 
-    aside = out.with_name(out.name + ".part")  # renamed when all of it is written
+    aside = out.with_name(out.name + ".demo.part")  # renamed when all of it is written
     for part in parts:
         questions = datasets.Dataset.from_list(rows[part]).cast_column("audio", datasets.Audio(decode=False))
         questions.save_to_disk(aside / part)
@@ -420,12 +420,12 @@ def demo(args):
 
 # ==== 5. Real questions: one function a source, which converts a row ==================================================
 class Lost(Exception):
-    """A row that is left out: the reason, by which rows are counted, and what was found, shown with the row's key."""
+    """A row that is left out, for a reason. Rows are counted by it; what was found is printed with the row's key."""
 
 
 def cell_text(cell, what):
     """A cell that must hold text, stripped. Raises Lost if it holds something else, or nothing that a person sees."""
-    if not isinstance(cell, str) or all(unicodedata.category(c)[0] in "CZ" for c in cell):  # also of zero width
+    if not isinstance(cell, str) or all(unicodedata.category(c)[0] in "CZ" for c in cell):  # spaces, control characters
         raise Lost(f"no text as {what}", repr(cell))
     return cell.strip()
 
@@ -446,25 +446,25 @@ def checked(question, options, answer, prompt=""):
         raise Lost("two equal options", repr(options))
     ours = {"question": cell_text(question, "question"), "options": options, "answer_index": index}
     aloud = tars.written_question(ours | {"question": without_blanks(ours["question"])})
-    return ours | {"prompt_for_tts": prompt or aloud}
+    return ours | {"prompt_for_tts": prompt or aloud, "tts_wer": None, "category": None}
 
 
 def decode_clip(audio, max_seconds=300.0):
-    """{"bytes", "path"} of an audio file, one of them enough -> float32 mono waveform [T] at 16 kHz, in -1..1.
-    Raises Lost if there is none, or one that cannot be decoded, has NaN, is silent, or lasts less than 0.1 s or longer
-    than max_seconds; 300 s is the encoders' limit.
+    """{"bytes", "path"} of an audio file, of which one is enough -> float32 mono waveform [T] at 16 kHz, in -1..1.
+    Raises Lost if there is none, or one that is unreadable, silent, too short or too long.
     """
     import soundfile
 
     if not audio or not (audio["bytes"] or Path(audio["path"] or "").is_file()):
-        raise Lost("no clip", audio)
+        raise Lost("no clip", audio and audio["path"])
     try:  # samples are [T, channels]
         samples, rate = soundfile.read(io.BytesIO(audio["bytes"] or Path(audio["path"]).read_bytes()), always_2d=True)
     except soundfile.LibsndfileError as error:
         raise Lost("an unreadable clip", error) from error
     waveform, seconds = torch.from_numpy(samples).float().mean(-1), len(samples) / rate  # [T]
-    if not 0.1 <= seconds <= max_seconds:
-        raise Lost("a clip shorter than 0.1 s" if seconds < 0.1 else f"a clip longer than {max_seconds:g} s", seconds)
+    if not 0.1 <= seconds <= (longest := min(max_seconds, 300)):  # which is the encoders' limit
+        reason = "shorter than 0.1" if seconds < 0.1 else f"longer than {longest:g}"
+        raise Lost(f"a clip {reason} s", f"{seconds:.2f} s")
     if not waveform.isfinite().all() or waveform.abs().max() < 1e-3:  # 60 dB below full scale
         raise Lost("a silent clip, or one with NaN samples")
     return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
@@ -768,9 +768,6 @@ def resume(file, begun):
     return lines
 
 
-COLUMNS = ("key", "question", "options", "answer_index", "prompt_for_tts", "audio", "seconds", "tts_wer", "category")
-
-
 def converted(i, row, name, part, args):
     """Convert a row and write its clip. Returns the line of rows.jsonl: the row and its clip, or why it is lost."""
     key = str(row.get("key") or f"{name}-{i}")
@@ -778,7 +775,7 @@ def converted(i, row, name, part, args):
         ours = {"key": key} | SOURCES[name].make_row(i, row, args)
     except Lost as loss:
         reason, *found = loss.args
-        tqdm.write(f"{key} is left out: {reason}" + "".join(f" ({x})" for x in found))
+        tqdm.write(f"{key} is left out: {reason}" + "".join(f" ({x})" for x in found if x))
         return {"lost": reason, "key": key}
     waveform = ours.pop("audio")
     write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
@@ -801,26 +798,24 @@ def convert(name, args):
         tars.append_line(part / "rows.jsonl", done[-1])
     lost, kept = Counter(line["lost"] for line in done if "lost" in line), {}
     for line in done:
-        if "row" in line:  # the first of those that are the same word for word
+        if "row" in line:  # of rows that repeat each other word for word, the first
             row = line["row"]
             kept.setdefault((row["question"], *row["options"], row["answer_index"]), line)
     if again := len(done) - lost.total() - len(kept):
-        lost["word for word an earlier row"] = again
+        lost["word for word an earlier row"] += again
     if not kept:
         raise SystemExit(f"no row is left: {'; '.join(sorted(lost))}")
     # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
-    ready = [dict.fromkeys(COLUMNS) | line["row"] | {"seconds": line["seconds"], "audio": {
+    ready = [line["row"] | {"seconds": line["seconds"], "audio": {
         "bytes": None, "path": str(part.resolve() / line["clip"])}} for line in kept.values()]
     questions = datasets.Dataset.from_list(ready).cast_column("audio", datasets.Audio(decode=False))
     questions.save_to_disk(part / "data")
     (part / "data").rename(out)
     shutil.rmtree(part)
-    print(f"\n{'rows in':<44}{count:>8}")
-    for reason, n in lost.most_common():
-        print(f"{'  left out: ' + reason:<44}{n:>8}")
     hours = sum(line["seconds"] for line in kept.values()) / 3600
-    print(f"{'rows out':<44}{len(kept):>8}\n{'hours of audio':<44}{hours:>8.2f}")
-    print(f"written to {out}")
+    counts = {"rows in": count} | {f"  left out: {reason}": n for reason, n in lost.most_common()}
+    counts |= {"rows out": len(kept), "hours of audio": round(hours, 2)}
+    print("", *(f"{what:<44}{n:>8}" for what, n in counts.items()), f"written to {out}", sep="\n")
 
 
 def main(arguments=None):
@@ -830,7 +825,7 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     spoken = ("mmlu", "csv")
     flags = (  # name, default, of which sources, what it is
-        ("--seed", 0, ("demo", *spoken), "seed of questions, of voices and of the demo's base model"),
+        ("--seed", 0, ("demo", *spoken), "seed of what is drawn: questions, weights, a voice's noise and rate"),
         ("--text-steps", 800, ("demo",), "steps of the base model's stage 1"),
         ("--speech-steps", 600, ("demo",), "steps of its stage 2 at most"),
         ("--stop-at", 0.40, ("demo",), "speech accuracy at which stage 2 stops"),
@@ -846,7 +841,8 @@ def main(arguments=None):
         ("--asr", "openai/whisper-medium", spoken, "the listener, a Whisper model"))
     for source in ("demo", *SOURCES):
         command = commands.add_parser(source, allow_abbrev=False)
-        command.add_argument("--out", default=f"runs/{source}", metavar="", help=f"directory to write [runs/{source}]")
+        out = "runs/demo" if source == "demo" else "runs/data"
+        command.add_argument("--out", default=out, metavar="", help=f"directory to write [{out}]")
         for flag, default, sources, text in flags:
             if source in sources:
                 command.add_argument(flag, type=type(default), default=default, metavar="", help=f"{text} [{default}]")

@@ -41,9 +41,9 @@ import tars
 from data_prep import Listener, decode_clip, read_lines, resume, wav_bytes, word_error_rate
 from tars import BFLOAT16, DEVICE, LETTERS, MODALITIES, SPEECH, TEXT, Config, SpeechLM
 
-# In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags; what a model may write all the same.
+# In place of SYSTEM_PROMPT, which asks for a thought and an answer in tags.
 ASR_SYSTEM, ASR_REQUEST = "You are a helpful assistant.", "Transcribe the audio clip into text."
-TAGS = re.compile(r"<think>.*</think>|</?(?:think|answer)>", re.DOTALL)
+TAGS = re.compile(r"<think>.*</think>|</?(?:think|answer)>", re.DOTALL)  # a trained model may write them all the same
 
 
 # ==== 1. Numbers ======================================================================================================
@@ -93,14 +93,15 @@ def load_adapter(lm, path):
 
 
 def speech_lms(args):
-    """Yield (name, SpeechLM, the models it is made of): the base, the cascade, each adapter. Loaded once."""
+    """Yield (name, SpeechLM, the models it is made of): the base, which is loaded once, the cascade, each adapter."""
     lm = SpeechLM.from_pretrained(args.model)
+    listener = Listener(args.cascade, DEVICE) if args.cascade and not args.asr else None
     for adapter in args.adapter:  # a wrong one is refused before anything is measured
         load_adapter(lm, adapter)
     detach_lora(lm)
     yield "base", lm, [args.model]
-    if args.cascade:
-        yield f"cascade {args.cascade}", cascade(lm, Listener(args.cascade, DEVICE)), [args.model, args.cascade]
+    if listener:
+        yield f"cascade of {args.cascade}", cascade(lm, listener), [args.model, args.cascade]
     for adapter in args.adapter:
         load_adapter(lm, adapter)
         yield adapter, lm, [args.model, adapter]
@@ -108,19 +109,14 @@ def speech_lms(args):
 
 def cascade(lm, listener):
     """The same model behind a recogniser: in place of the clip it reads the transcript."""
-    def spoken_turns(questions):
-        clips = [tars.read_clip(q["audio"]["bytes"], q["key"]) for q in questions]
-        return [lm.embed_text(listener.transcribe(clip)) for clip in clips]
-
     reader = copy(lm)
-    reader.spoken_turns = spoken_turns
+    reader.spoken_turns = lambda questions: [
+        lm.embed_text(listener.transcribe(tars.read_clip(q["audio"]["bytes"], q["key"]))) for q in questions]
     return reader
 
 
 def fingerprint(path):
-    """What tells the files of a model or an adapter from others: their names, sizes and times of change; on the hub
-    the commit. Nothing is loaded for it.
-    """
+    """Names, sizes and times of change of a model's or an adapter's files; of one on the hub, its commit."""
     if not Path(path).is_dir():
         return Path(cached_file(path, "config.json")).parent.name
     files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".safetensors"))
@@ -128,11 +124,11 @@ def fingerprint(path):
 
 
 def cached_records(name, parts, data, questions, answer, args, cfg):
-    """The records of one measurement, one a modality of each question, in the data's order; all are kept in args.out.
-    Those of an earlier run are read from there, the rest come one by one from answer(questions). The file's name holds
-    a hash of everything the answers depend on; parts: the models among it.
+    """The records of one measurement, one for each modality of each question, in the data's order.
+    All are kept in args.out: those of an earlier run are read from there, the rest come one by one from
+    answer(questions). The file's name holds a hash of everything the answers depend on; parts: the models among it.
     """
-    begun = {"model": args.model, "name": name, "data": data, "max_new_tokens": cfg.max_new_tokens,
+    begun = {"model": args.model, "name": name, "data": Path(data).name, "max_new_tokens": cfg.max_new_tokens,
              "eval_batch": cfg.eval_batch, "extractor": cfg.extractor, "questions": questions._fingerprint,
              "files": [fingerprint(path) for path in parts]}
     file = Path(args.out) / f"{Path(name).name}-{Path(data).name}-{zlib.crc32(json.dumps(begun).encode()):08x}.jsonl"
@@ -169,12 +165,9 @@ def row_of(measured):
         row[f"{data} {'AT'[modality == 'text']} %"] = f"{100 * some.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     average = 100 * right.mean().groupby("modality").mean()
     row |= {"avg A": average["speech"], "avg T": average["text"]}
-    told = {"unparsed A/T %": 100 * records["answer"].isna(), "cut A/T %": 100 * records["cut"],
-            "tokens A/T": records["tokens"]}
-    for column, values in told.items():
-        mean = values.groupby(records["modality"]).mean()
-        row[column] = f"{mean['speech']:.1f}/{mean['text']:.1f}"
-    return row
+    told = pandas.DataFrame({"unparsed A/T %": 100 * records["answer"].isna(), "cut A/T %": 100 * records["cut"],
+                             "tokens A/T": records["tokens"]}).groupby(records["modality"]).mean()
+    return row | {column: f"{mean['speech']:.1f}/{mean['text']:.1f}" for column, mean in told.items()}
 
 
 # ==== 3. Word error rate: did recognition improve, and not reasoning? =================================================
@@ -183,8 +176,7 @@ def transcribe(args, cfg, sets):
     rows = {}
     for name, lm, _ in speech_lms(args):
         if lm.tokenizer.unk_token_id in lm.tokenizer(ASR_SYSTEM + ASR_REQUEST).input_ids:
-            raise SystemExit(f"--asr: the tokenizer of {args.model} cannot even write the request {ASR_REQUEST!r}: "
-                             "this model (the demo's, say) was never taught to transcribe")
+            raise SystemExit(f"--asr: the tokenizer of {args.model} cannot write {ASR_REQUEST!r}; the demo's cannot")
         writer, rows[name] = copy(lm), {}
         writer.family = type("Transcriber", (lm.family,), {
             "before_user": lm.family.before_user.replace(tars.SYSTEM_PROMPT, ASR_SYSTEM),
@@ -300,9 +292,9 @@ def paired_difference(differences):
 
 
 def accuracies(log, summary, modality):
-    """Of the base model, and of a run at its evaluations, in percent."""
-    key = f"eval_{modality}"
-    return 100 * np.array([summary[f"base_{modality}"], *(line[key] for line in log if key in line)])
+    """Accuracy in percent by step: of the base model at 0, then of each evaluation of a run."""
+    steps = {line["step"]: line[f"eval_{modality}"] for line in log if "eval_speech" in line}
+    return 100 * pandas.Series({0: summary[f"base_{modality}"]} | steps)
 
 
 def read_groups(folders):
@@ -352,17 +344,17 @@ def compare_runs(args):
             for column, when in (("base", "base_"), (numbers[name], "")):
                 cells[column] = " / ".join(f"{100 * summary[when + m]:.1f}" for m in MODALITIES)
     print(f"{table(rows)}\n\nspeech / text %\n{table(dict(sorted(of_seed.items())))}")
-    if args.plot:  # runs that were evaluated at the same steps
-        steps = [0, *(line["step"] for line in next(iter(runs.values()))[0] if "eval_speech" in line)]
+    if args.plot:  # straight lines between evaluations
         curves = {name: [accuracies(*run, "speech") for run in runs.values()] for name, runs in groups.items()}
         curves["in writing, all runs"] = [accuracies(*run, "text") for runs in groups.values() for run in runs.values()]
-        draw({name: (steps, np.mean(lines, 0), np.std(lines, 0)) for name, lines in curves.items()}, "step",
+        lines = {name: pandas.concat(some, axis=1).sort_index().interpolate("index") for name, some in curves.items()}
+        draw({name: (x.index, x.mean(axis=1), x.std(axis=1, ddof=0)) for name, x in lines.items()}, "step",
              "accuracy, %", args.plot)
 
 
 # ==== 6. --explain: one group worked through, equation by equation ====================================================
 def explain(args, cfg):
-    """train_step on the first question, each equation with its numbers, lines of at most 100 columns.
+    """train_step on the first question, each equation with its numbers.
     Settings, and the adapter once it is saved, are those of the run args.explain; without one, those of args.model.
     """
     lm, question = SpeechLM.from_pretrained(cfg.model), tars.load_questions(cfg.data)[0]
@@ -378,6 +370,7 @@ def explain(args, cfg):
     with torch.no_grad():
         logps, states = lm.score(prompts, ids, mask, cfg.temperature)  # [1, M, G/2, C], [1, M, G/2, L, H]
     answers, spoken = group["speech"] + group["text"], group["speech"]
+    assert lm.detokenize(ids, mask) == [a["completion"] for a in answers], "this device does not repeat a roll-out"
     letters = extract([question] * len(answers), [a["completion"] for a in answers])
     reward = torch.tensor([a["reward"] for a in answers]).view(1, len(MODALITIES), half)
     other = tars.modality_advantages(reward, not cfg.joint_norm).flatten().tolist()
@@ -392,8 +385,7 @@ def explain(args, cfg):
     used = tars.layer_weights(cfg.layers, near.shape[-1]).nonzero()[:, 0].tolist()
     for a, cosines in zip(spoken, near, strict=True):
         shown = sorted({used[0], used[len(used) // 2], used[-1]})
-        a |= {"some": "  ".join(f"layer {layer + 1} {cosines[layer]:.3f}" for layer in shown), "n": len(used),
-              "cos": cosines[used].mean().item()}
+        a |= {"some": "  ".join(f"layer {layer + 1} {cosines[layer]:.3f}" for layer in shown), "n": len(used)}
 
     print(f"{question['key']}: {tars.written_question(question)}\n"
           f"The right answer is {LETTERS[question['answer_index']]}. S answers are to the spoken question, T answers "
@@ -402,8 +394,9 @@ def explain(args, cfg):
     show("Eq. (3)  R_base = R_acc + lambda R_fmt", "base_reward", answers,
          "answer {letter}:  {acc:.0f} + {lam:g} * {fmt:.0f} = {base:.2f}")
     show("Each spoken answer gets a correct written one, drawn at random", "pick_references", spoken, "-> {of}")
-    show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward", spoken,
-         "cos with {of}:  {some}   mean of {n} layers {cos:.3f}")
+    if cfg.alpha:
+        show("Eq. (4), (5)  R_rep = mean over layers of cos(pooled states)", "representation_reward", spoken,
+             "cos with {of}:  {some}   mean of {n} layers {rep:.3f}")
     if cfg.beta:
         show("Eq. (6)  R_beh = cos(E(spoken), E(written))", "behavior_reward", spoken, "cos with {of}: {beh:.3f}")
     show("Eq. (2)  R = R_base + alpha R_rep + beta R_beh", "total_reward", answers,
@@ -413,7 +406,7 @@ def explain(args, cfg):
          f"{{reward:.3f}} - {{mean:.3f}} = {{advantage:+.3f}}    with {other}, {{other_mean:.3f}}: {{other_A:+.3f}}")
     # The token whose loss is shown: from the middle of the answer with the largest advantage.
     best = max(range(len(answers)), key=lambda i: abs(answers[i]["advantage"]))
-    A, n_tokens = answers[best]["advantage"], 1 / tars.token_weights(mask, cut).max().item()
+    A, n_tokens = answers[best]["advantage"], 1 / tars.token_weights(mask, cut).max()
     t = int(mask.flatten(0, 2)[best].sum()) // 2
     rho, clipped = torch.tensor([1.5]), min(1.5, 1 + cfg.eps_high)
     loss = tars.grpo_loss(rho.log(), torch.zeros(1), torch.tensor(A), 1 / n_tokens, cfg.eps_low, cfg.eps_high)
@@ -449,9 +442,7 @@ def byte_tokenizer(family):
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    template = "".join([family.before_user, family.before_audio, family.after_audio, family.after_user,
-                        *family.end_of_turn])
-    control = sorted(set(re.findall(r"<\|\w+\|>", template)))
+    control = sorted({*re.findall(r"<\|\w+\|>", str(vars(family)))})  # of its template
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
@@ -474,17 +465,12 @@ def with_random_weights(path):
     return lm
 
 
-def timed(lm, name, seconds):
-    """From now on the seconds that lm's method `name` takes are added to seconds[name]."""
-    method = getattr(lm, name)
-
-    def call(*args, **kwargs):
-        start = clock()
-        result = method(*args, **kwargs)
-        seconds[name] += clock() - start
-        return result
-
-    setattr(lm, name, call)
+def timed(seconds, name, method, *args, **kwargs):
+    """Call a method; the seconds it takes are added to seconds[name]."""
+    start = clock()
+    result = method(*args, **kwargs)
+    seconds[name] += clock() - start
+    return result
 
 
 def clock():
@@ -510,7 +496,7 @@ def random_weights(args, cfg):
     phases = dict.fromkeys(("embed_prompts", "rollout", "score"), 0.0)
     print("".join(f"{name:>15}" for name in ("step", *phases, "backward, rest", "total s", "tokens/s", "peak GiB")))
     for name in phases:
-        timed(lm, name, phases)
+        setattr(lm, name, partial(timed, phases, name, getattr(lm, name)))
     for step in range(2):
         phases |= dict.fromkeys(phases, 0.0)
         start = clock()
@@ -533,7 +519,7 @@ def main(arguments=None):
     add_list("--data", help="data sets [the model's own]")
     add("--limit", type=int, help="only the first so many questions of each data set [all]")
     add("--out", default="runs/eval", help="where every answer is kept [runs/eval]")
-    add("--cascade", help="a Whisper model that transcribes the clips for the base model's text branch")
+    add("--cascade", help="a Whisper model; the base model reads its transcripts in place of the clips")
     parser.add_argument("--asr", action="store_true", help="measure the model as a transcriber")
     parser.add_argument("--layers", action="store_true", help="Figure 2")
     add("--ask", help="a clip, or a written question with its options, that the models answer")
@@ -558,14 +544,10 @@ def main(arguments=None):
         cfg = tars.parse_config(["--model", name, *settings])
     if args.adapter is None:
         args.adapter = ["runs/tars"] if args.model == Config.model else []
-    for chosen, command in ((args.random_weights, random_weights), (args.explain is not None, explain),
-                            (args.ask, ask)):
-        if chosen:
-            return command(args, cfg)
-    sets = {}
-    for path in args.data or [cfg.eval_data]:
-        questions = tars.load_questions(path)
-        sets[path] = questions.select(range(len(questions))[: args.limit])
+    if args.random_weights or args.explain is not None or args.ask:
+        return (random_weights if args.random_weights else ask if args.ask else explain)(args, cfg)
+    sets = {str(Path(path)): tars.load_questions(path) for path in args.data or [cfg.eval_data]}
+    sets = {path: questions.select(range(len(questions))[: args.limit or None]) for path, questions in sets.items()}
     (transcribe if args.asr else drift if args.layers else table_1)(args, cfg, sets)
 
 

@@ -75,8 +75,7 @@ def test_flags_beat_the_models_settings_and_those_beat_the_defaults(tmp_path):
     cfg = tars.parse_config(["--model", str(tmp_path), "--lr", "0.25", "--joint-norm", "--no-gradient-checkpointing"])
     assert (cfg.lr, cfg.steps, cfg.group_size, cfg.joint_norm, cfg.gradient_checkpointing) == (0.25, 7, 8, True, False)
     assert cfg.data == str(tmp_path.parent / "train")
-    # dashes or not
-    assert tars.parse_config(["--model", str(tmp_path), "--questions_per_step", "4"]).questions_per_step == 4
+    assert tars.parse_config(["--model", str(tmp_path), "--group_size", "4"]).group_size == 4  # dashes or not
 
 
 def test_numbers_that_would_train_on_silently_are_refused(monkeypatch):
@@ -392,9 +391,8 @@ def one_step(lm, questions, answers, truncated, monkeypatch, parameters, lr=1.0,
     optimizer.register_step_pre_hook(lambda *args: gradients.append([p.grad.clone() for p in parameters]))
     cfg = Config(**{"group_size": 4, "max_grad_norm": 1e9} | settings)
     metrics, group = tars.train_step(lm, questions, tars.embed_ngrams, tars.extract_answers, optimizer, cfg, own)
-    if asked != [(len(questions), 2, cfg.max_new_tokens, cfg.temperature, own)]:
-        pytest.fail("stage 2: G/2 samples of each prompt, max_new_tokens, temperature, and the generator",
-                    pytrace=False)
+    assert asked == [(len(questions), 2, cfg.max_new_tokens, cfg.temperature, own)], (
+        "stage 2: G/2 samples of each prompt, max_new_tokens, temperature, and the generator")
     return metrics, group, drawn[0], gradients
 
 
@@ -686,9 +684,8 @@ def test_lora_is_on_the_llm_alone_and_all_that_is_trained(lm, capsys):
     optimizer = tars.make_trainable(lm, Config(lora_rank=2, lora_alpha=6, weight_decay=0.3, layers="2-3"))
     parameters = optimizer.param_groups[0]["params"]
     names = {name for name, p in lm.model.named_parameters() if p.requires_grad}
-    # In each of 4 layers q, k, v, o, gate, up, down (Phi: qkv, o, gate_up, down), r (in + out) parameters each.
-    # Qwen: q 128+128, k and v 128+32, o 128+128, gate, up, down 128+384.
-    # Phi: qkv 128+192, o 128+128, gate_up 128+384, down 192+128.
+    # In each of 4 layers r (in + out) parameters of each linear layer. Qwen: q, o 128+128, k, v 128+32, gate, up, down
+    # 128+384. Phi: qkv 128+192, o 128+128, gate_up 128+384, down 192+128.
     linears, sizes = (4, 320 + 256 + 512 + 320) if lm.family is Phi4Multimodal else (7, 2 * 256 + 2 * 160 + 3 * 512)
     trained = 2 * 4 * sizes
     assert sum(p.numel() for p in parameters) == trained and len(names) == len(parameters) == 4 * linears * 2
@@ -711,8 +708,8 @@ def test_learning_rate_by_hand():
 
 def test_records_of_an_evaluation_are_the_greedy_answers_in_order(lm, questions):
     records = list(tars.answer_greedily(lm, questions, tars.extract_answers, Config(max_new_tokens=6, eval_batch=3)))
-    assert [(r["key"], r["modality"]) for r in records] == [
-        (q["key"], m) for q in questions for m in ("speech", "text")]
+    for r, (q, m) in zip(records, itertools.product(questions, tars.MODALITIES), strict=True):
+        assert (r["key"], r["modality"], r["right"]) == (q["key"], m, r["answer"] == "ABCD"[q["answer_index"]])
     for b, question in enumerate(questions):
         ids, mask, _ = lm.rollout(lm.embed_prompts([question]), 1, 6, temperature=0)  # [1, 2, 1, C]
         assert [r["completion"] for r in records[2 * b : 2 * b + 2]] == lm.detokenize(ids, mask)
@@ -1020,8 +1017,7 @@ def test_ngram_embedder_by_hand():
 
 
 # ==== 10. Logs, adapter files and checkpoints =========================================================================
-def test_saved_adapter_reproduces_the_trained_model_and_that_of_another_model_or_rank_is_refused(
-    checkpoint, lm, questions, answers, tmp_path):
+def test_saved_adapter_is_the_trained_model_and_no_other_fits(checkpoint, lm, questions, answers, tmp_path):
     base, _ = forward(lm, questions, *answers)
     perturb(attach_lora(lm, 8, 32))
     trained, _ = forward(lm, questions, *answers)
@@ -1111,8 +1107,7 @@ def test_killed_and_resumed_equals_uninterrupted(small_demo, uninterrupted, tmp_
     same_run(out, uninterrupted)
 
 
-def test_resume_begins_anew_where_there_is_no_checkpoint_and_touches_no_other_folder(
-    small_demo, uninterrupted, tmp_path):
+def test_resume_begins_anew_without_a_checkpoint_and_touches_no_other_folder(small_demo, uninterrupted, tmp_path):
     (out := tmp_path / "run").mkdir()
     (out / "checkpoint.pt.part").write_bytes(b"killed in the first write")
     here(tars, *long_flags(small_demo, out), "--resume")
@@ -1174,9 +1169,14 @@ def test_two_processes_make_the_same_first_update_as_one(small_demo, tmp_path):
 
 
 @slow
-def test_two_processes_train_and_evaluate_and_one_prints(small_demo, tmp_path):
+def test_two_processes_train_evaluate_and_resume_and_one_prints(small_demo, uninterrupted, tmp_path):
     printed = run(*TWO, HERE / "tars.py", *long_flags(small_demo, tmp_path / "whole"))
     assert printed.count("held-out questions") == 1
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert whole["base_text"] == json.loads((uninterrupted / "summary.json").read_text())["base_text"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    run(*TWO, HERE / "tars.py", *long_flags(small_demo, tmp_path / "again"), "--resume")
+    same_run(tmp_path / "again", tmp_path / "whole")
 
 
 # ==== 12. The command =================================================================================================
@@ -1186,6 +1186,9 @@ def test_main_prints_the_gap_and_tells_what_it_uses(small_demo, tmp_path):
     assert set(test["answer_index"]) == {0, 1, 2, 3}
     printed = here(tars, "--model", small_demo / "model", "--data", val, "--eval-data", val, "--out", out, "--steps", 1,
                    "--questions-per-step", 2, "--base-text-accuracy", 80)
+    with pytest.raises(SystemExit, match="--layers 3-9"):  # before the first evaluation
+        tars.main([*long_flags(small_demo, tmp_path / "other"), "--layers", "3-9"])
+    assert not (tmp_path / "other").exists()
     assert "8 of 8 questions of --eval-data are in --data too" in printed and "cpu, float32\n" in printed
     summary = json.loads((out / "summary.json").read_text())
     # Eq. (1) with the text backbone's accuracy
@@ -1195,7 +1198,7 @@ def test_main_prints_the_gap_and_tells_what_it_uses(small_demo, tmp_path):
 
 
 # ==== data_prep.py: the demo ==========================================================================================
-def test_demo_sums_are_1210_and_right_and_decoded_as_they_were():
+def test_demo_sums_are_right_and_decoded_as_they_were_and_some_thoughts_skip_a_step():
     assert len(SUMS) == len(set(SUMS)) == 1210
     tokenizer, rng = tiny_qwen()[1], np.random.default_rng(0)
     for i, (a, s, b, t, c) in enumerate(SUMS):
@@ -1207,11 +1210,7 @@ def test_demo_sums_are_1210_and_right_and_decoded_as_they_were():
         assert tars.format_reward(answer) == 1 and tars.extract_answer(answer, row["options"]) == "ABCD"[i % 4]
         text = tars.written_question(row) + answer
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
-def test_a_share_of_the_thoughts_keeps_the_first_result_in_the_head():
-    expression, rng = (5, "minus", 1, "plus", 2), np.random.default_rng(0)
-    thoughts = [data_prep.in_steps(expression, 0.2, rng) for _ in range(2000)]
+    thoughts = [data_prep.in_steps((5, "minus", 1, "plus", 2), 0.2, rng) for _ in range(2000)]
     assert set(thoughts) == {"five minus one is four. four plus two is six", "five minus one plus two is six"}
     assert 0.16 < np.mean([". " in thought for thought in thoughts]) < 0.24  # 4.5 standard errors
 
@@ -1219,7 +1218,7 @@ def test_a_share_of_the_thoughts_keeps_the_first_result_in_the_head():
 # ==== data_prep.py: real data, on replicas of each source's layout ====================================================
 def decode(data):
     """The waveform of an audio file's bytes."""
-    return data_prep.decode_clip({"bytes": data, "path": None})
+    return data_prep.decode_clip({"bytes": data, "path": None}, max_seconds=400)
 
 
 def test_clips_are_mixed_down_resampled_and_scaled():
@@ -1236,7 +1235,7 @@ def test_clips_are_mixed_down_resampled_and_scaled():
 
 @pytest.mark.parametrize("data, says", [
     (b"", "no clip"), (b"\0" * 4000, "unreadable"), (tone(0.5, 16_000)[:30], "unreadable"),
-    (tone(0.01, 16_000), "shorter than 0.1 s', 0.01"), (tone(301, 8_000), "longer than 300 s', 301"),
+    (tone(0.01, 16_000), "shorter than 0.1 s', '0.01 s"), (tone(301, 8_000), "longer than 300 s', '301.00 s"),
     (wav(np.zeros(8000)), "silent"), (wav(np.full(8000, math.nan), subtype="FLOAT"), "NaN samples")], ids=range(7))
 def test_bad_clips_are_named(data, says):
     with pytest.raises(data_prep.Lost, match=says):
@@ -1344,8 +1343,11 @@ def test_sources_take_their_own_split_and_overwrite_nothing(tmp_path):
     assert data_prep.open_source(source, str(tmp_path / "hub"))["question"] == ["auxiliary_train?"]
     one = tmp_path / "hub" / "all" / "test-00000-of-00001.parquet"
     assert data_prep.open_source(source, str(one))["question"] == ["test?"]  # a file that is given is taken
-    with pytest.raises(SystemExit, match="exists already"):
-        prepare("mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / "hub")
+    (tmp_path / "new.part").mkdir()
+    (tmp_path / "new.part" / "mine").write_text("")
+    for name, says in (("hub", "exists already"), ("new", "new.part is no stopped conversion")):
+        with pytest.raises(SystemExit, match=says):
+            prepare("mmlu", "--origin", tmp_path / "hub", "--out", tmp_path / name)
 
 
 def test_rows_of_a_table_are_recordings_spoken_or_left_out_and_counted(tmp_path, monkeypatch):
@@ -1372,9 +1374,7 @@ def test_rows_of_a_table_are_recordings_spoken_or_left_out_and_counted(tmp_path,
 
 
 class CountingVoice:
-    """A voice that keeps the seeds of its readings, is interrupted at one of them, and hears itself: of question 1 the
-    first reading wrong, and in question 2 never option d.
-    """
+    """A voice that hears itself: of question 1 the first reading wrong, in question 2 never option d."""
 
     def __init__(self, stop_at=None):
         self.seeds, self.stop_at = [], stop_at
@@ -1411,7 +1411,7 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
     # Interrupted at its fifth reading, in the middle of question 2, then a line torn by a crash.
     voices.append(CountingVoice(stop_at=4))
     with pytest.raises(KeyboardInterrupt):
-        prepare(*arguments, tmp_path / "parts")
+        prepare(*arguments, tmp_path / "parts", "--limit", 4)
     with pytest.raises(SystemExit, match="other settings .seed."):
         prepare(*arguments, tmp_path / "parts", "--seed", 5)
     with open(tmp_path / "parts.part" / "rows.jsonl", "a") as torn:
@@ -1442,11 +1442,10 @@ def test_a_reading_is_kept_below_ten_percent_of_wrong_words():
     ("the 2nd and 21st", "the second and twenty first"), ("in 1984", "in nineteen eighty four"),
     ("July 4, 1776", "july four seventeen seventy six"), ("the 1990s", "the nineteen nineties"),
     ("1984 people", "one thousand nine hundred eighty four people"), ("at 3 p.m. or", "at three p m or"),
-    ("$1", "one dollar"),
     ("$5.50", "five dollars and fifty cents"), ("$3 million", "three million dollars"), ("£0.50", "fifty pence"),
     ("a $10 bill", "a ten dollar bill"), ("5-10 days", "five to ten days"), ("10 - 3", "ten minus three"),
     ("1½ cups", "one and one half cups"), ("x² + y = 4", "x squared plus y equals four"),
-    ("x ≤ 3", "x is less than or " "equal to three"), ("3 × 4", "three times four"),
+    ("x ≤ 3", "x is less than or " "equal to three"), ("$1", "one dollar"),
     ("9.8 m/s", "nine point eight meters per second"), ("1 kg", "one kilogram"), ("50 Hz", "fifty hertz"),
     ("a 6 ft wall", "a six foot wall"), ("20%", "twenty percent"), ("20 °C", "twenty degrees celsius"),
     ("α-decay", "alpha decay"), ("café", "cafe"), ("St. Augustine", "saint augustine"),
@@ -1592,6 +1591,7 @@ def test_intervals_by_hand():
     # 1, 2, 3: mean 2, standard deviation sqrt(2 / 3), 1.96 * 0.8165 / sqrt(3) = 0.9240
     mean, half = evaluation.mean_and_interval(np.array([1.0, 2.0, 3.0]))
     assert (mean, half) == (2.0, pytest.approx(0.9240, abs=1e-4))
+    assert evaluation.table({"base": {"MRR %": math.nan}}).split()[-1] == "-"  # of a base that is never right
     # Differences 2, 4, 6: mean 4, standard deviation 2, t of 2 degrees of freedom 4.30: 4.30 * 2 / sqrt(3) = 4.965.
     mean, half, wins = evaluation.paired_difference([2, 4, 6])
     assert (mean, wins) == (4, 3) and half == pytest.approx(4.965, abs=0.001)
@@ -1624,8 +1624,10 @@ def test_eval_prints_table_1_keeps_every_answer_and_continues(small_demo, small_
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[: len(whole) // 2])
     assert here(evaluation, *command) == printed and files[1].read_bytes() == whole
+    (small_run / "adapter_model.safetensors").touch()  # as if it were trained anew: its answers are made anew
     fixed = here(evaluation, *command, "--base-text-accuracy", 80).splitlines()
     assert float(fixed[-1].split()[-1]) == pytest.approx(average[0] / 0.8, abs=0.1)
+    assert len(list((tmp_path / "eval").iterdir())) == 6
 
 
 def test_kept_answers_belong_to_their_questions_and_weights_in_the_datas_order(small_demo, tmp_path):
@@ -1652,19 +1654,20 @@ def test_kept_answers_belong_to_their_questions_and_weights_in_the_datas_order(s
     assert kept(questions)[1] == 3
 
 
-def test_cascade_answers_what_was_heard(lm, questions):
+def test_cascade_answers_what_was_heard(lm, questions, helpers, small_demo, tmp_path):
     heard, cfg = SimpleNamespace(transcribe=lambda waveform: "five minus one"), Config(max_new_tokens=5, eval_batch=3)
     reader = evaluation.cascade(lm, heard)
     spoken, written = ([r["completion"] for r in tars.answer_greedily(reader, questions, tars.extract_answers, cfg)
                         if r["modality"] == m] for m in tars.MODALITIES)
-    text = lm.family.before_user + "five minus one" + lm.family.after_user
-    prompt = lm.tokenizer(text, return_tensors="pt").input_ids
+    prompt = lm.tokenizer(lm.family.before_user + "five minus one" + lm.family.after_user, return_tensors="pt").input_ids
     expected = lm.model.generate(
         inputs_embeds=lm.embed_tokens(prompt), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
         attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=lm.placeholder_ids.tolist())
     assert spoken == [lm.tokenizer.decode(expected[0], skip_special_tokens=True)] * 4
     own = [*tars.answer_greedily(lm, questions, tars.extract_answers, cfg)]  # and the model itself hears as before
     assert written == [r["completion"] for r in own[1::2]] and spoken != [r["completion"] for r in own[::2]]
+    flags = ("--model", small_demo / "model", "--data", small_demo / "val", "--out", tmp_path / "eval")
+    assert f"\ncascade of {helpers / 'listener'} " in here(evaluation, *flags, "--cascade", helpers / "listener")
 
 
 def test_asr_asks_under_a_neutral_system_text(lm, small_demo, monkeypatch):
@@ -1813,8 +1816,7 @@ def test_explain_works_one_group_through_with_the_settings_of_a_run(small_demo, 
             assert advantages[name] == pytest.approx((R, mean, R - mean), abs=0.002)
             assert name[0] == "S" or rep == beh == 0
     layers = re.findall(r"(S\d)  cos.*layer 2 ([\d.]+)  layer 3 ([\d.]+)   mean of 2 layers ([\d.]+)", printed)
-    for name, *cosines in layers:
-        two, three, both = map(float, cosines)
+    for name, two, three, both in [(name, *map(float, cosines)) for name, *cosines in layers]:
         assert (two + three) / 2 == pytest.approx(both, abs=0.001) and totals[name][2] == both
     assert len(layers) == 2
 
@@ -1829,10 +1831,9 @@ def test_random_weights_rehearse_full_length_answers_without_a_download(tmp_path
     *phases, total, speed, _ = map(float, second.split()[1:])
     assert sum(phases) == pytest.approx(total, abs=0.05)
     assert 112 / (total + 0.01) - 1 < speed < 112 / (total - 0.01) + 1  # each of 2 x 8 answers has 7 tokens
-    # the mean of 16 geometric lengths of mean 4, standard error 0.9
     for step in here(evaluation, *flags, 40, "--mean-tokens", 4).splitlines()[-2:]:
         total, speed = map(float, step.split()[-3:-1])
-        assert 1.3 < speed * total / 16 < 8, step
+        assert 1.3 < speed * total / 16 < 8  # the mean of 16 geometric lengths of mean 4, standard error 0.9
 
 
 # ==== course/ =========================================================================================================
@@ -1880,7 +1881,6 @@ def test_iterated_sft_samples_from_the_model_as_it_is_then(small_demo, monkeypat
     assert drawn == [0.0, 0.0, 3.0, 3.0] and weights[0][0, 0] == 4.0  # the trained weights are back
 
 
-# ==== Speed: TARS_SLOW=1 python -m pytest -q -s -k speed ==============================================================
 @slow
 def test_speed_of_a_step(small_demo):
     """TARS against plain GRPO, in turn; prints the ratio."""
