@@ -197,11 +197,10 @@ def transcribe(args, cfg, sets):
 def ask(args, cfg):
     """Print what the base model and each adapter answer to a clip, or to a written question, with its options."""
     spoken = re.search(r"\.(wav|mp3|flac|ogg|opus|aiff?)$", args.ask, re.IGNORECASE)
-    clip = wav_bytes(decode_clip({"bytes": None, "path": args.ask})) if spoken else None
+    audio = {"bytes": wav_bytes(decode_clip({"bytes": None, "path": args.ask}))} if spoken else {}
     for name, lm, _ in speech_lms(args):
-        asked = {"key": args.ask, "audio": {"bytes": clip}}
         with torch.no_grad():
-            turn = lm.spoken_turns([asked])[0] if spoken else lm.embed_text(args.ask)
+            turn = lm.spoken_turns([{"key": args.ask, "audio": audio}])[0] if spoken else lm.embed_text(args.ask)
         ids, mask, truncated = lm.rollout([[lm.prompt(turn)]], 1, cfg.max_new_tokens, temperature=0)
         print(f"{name}: {lm.detokenize(ids, mask)[0]}{' ... (cut)' if truncated else ''}")
 
@@ -228,9 +227,8 @@ def layer_cosines(lm, questions, cfg):
 
 def drift(args, cfg, sets):
     """Print the cosine per layer of every model over all data sets; with --plot, draw it."""
-    lines = {}
-    for name, lm, _ in speech_lms(args):
-        lines[name] = mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
+    lines = {name: mean_and_interval(torch.cat([layer_cosines(lm, q, cfg) for q in sets.values()]).numpy())
+             for name, lm, _ in speech_lms(args)}
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
     rows = {f"layer {n}": {name: f"{mean[n - 1]:.4f} +- {half[n - 1]:.4f}" for name, (mean, half) in lines.items()}
             for n in layers}

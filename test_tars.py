@@ -1659,10 +1659,10 @@ def test_cascade_answers_what_was_heard(lm, questions, helpers, small_demo, tmp_
     reader = evaluation.cascade(lm, heard)
     spoken, written = ([r["completion"] for r in tars.answer_greedily(reader, questions, tars.extract_answers, cfg)
                         if r["modality"] == m] for m in tars.MODALITIES)
-    prompt = lm.tokenizer(lm.family.before_user + "five minus one" + lm.family.after_user, return_tensors="pt").input_ids
+    ids = lm.tokenizer(lm.family.before_user + "five minus one" + lm.family.after_user, return_tensors="pt").input_ids
     expected = lm.model.generate(
-        inputs_embeds=lm.embed_tokens(prompt), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
-        attention_mask=torch.ones_like(prompt), pad_token_id=0, suppress_tokens=lm.placeholder_ids.tolist())
+        inputs_embeds=lm.embed_tokens(ids), do_sample=False, max_new_tokens=5, eos_token_id=lm.eos_ids.tolist(),
+        attention_mask=torch.ones_like(ids), pad_token_id=0, suppress_tokens=lm.placeholder_ids.tolist())
     assert spoken == [lm.tokenizer.decode(expected[0], skip_special_tokens=True)] * 4
     own = [*tars.answer_greedily(lm, questions, tars.extract_answers, cfg)]  # and the model itself hears as before
     assert written == [r["completion"] for r in own[1::2]] and spoken != [r["completion"] for r in own[::2]]
