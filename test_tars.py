@@ -445,7 +445,7 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
     truncated, cfg = uncut(answers[1]), Config(**settings)
     truncated[1, 0, 1] = truncated[2, 1, 1] = True  # the latter is right: it keeps its reward, and is no reference
     before = [p.detach().clone() for p in parameters]
-    metrics, _, references, (gradient,) = one_step(
+    metrics, group, references, (gradient,) = one_step(
         lm, questions, answers, truncated, monkeypatch, parameters, **settings)
     for p, b, g in zip(parameters, before, gradient, strict=True):
         torch.testing.assert_close(p.detach(), b - g)
@@ -462,7 +462,7 @@ def test_step_gradient_equals_the_straightforward_version(lm, questions, answers
         assert metrics[f"length_{modality}"] == np.mean([keep.sum() for b in range(4) for keep in answers[1][b, m]])
     assert references.tolist() == [[1, 1], [0, 0], [-1, -1], [0, 0]]  # the right written answer of each group
     assert metrics["acc_speech"] == metrics["acc_text"] == 0.5 and metrics["no_reference"] == 1 / 4
-    assert metrics["fmt_speech"] == 0.5 and metrics["fmt_text"] == 1.0
+    assert metrics["fmt_speech"] == 0.5 and metrics["fmt_text"] == 1.0 and group["key"] == "q0"  # the first to be shown
     assert metrics["unparsed_speech"] == metrics["unparsed_text"] == 0  # each names an option, the right one or not
     assert metrics["reward_text"] == pytest.approx(0.5 + cfg.lam)  # written answers earn R_base alone
     assert metrics["truncated_speech"] == metrics["truncated_text"] == 1 / 8
