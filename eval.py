@@ -87,9 +87,8 @@ def load_adapter(lm, path):
     here, there = ({(name, tuple(x.shape)) for name, x in some.items()} for some in (weights, tensors))
     if wrong := sorted(here ^ there):
         raise SystemExit(f"{path} is no adapter of this model: {len(wrong)} tensors differ, such as {wrong[0]}")
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(tensors[name])
+    for name, weight in weights.items():
+        weight.data.copy_(tensors[name])
 
 
 def speech_lms(args):
@@ -184,8 +183,7 @@ def transcribe(args, cfg, sets):
         for data, questions in sets.items():
             errors = []
             for batch in tars.question_batches(questions, cfg.eval_batch, "asr"):
-                with torch.no_grad():
-                    prompts = [[writer.prompt(turn)] for turn in lm.spoken_turns(batch)]
+                prompts = [[writer.prompt(turn)] for turn in lm.spoken_turns(batch)]
                 outputs = lm.detokenize(*lm.rollout(prompts, 1, cfg.max_new_tokens, temperature=0)[:2])
                 errors += [word_error_rate(q["prompt_for_tts"], TAGS.sub(" ", text))
                            for q, text in zip(batch, outputs, strict=True)]
@@ -199,8 +197,7 @@ def ask(args, cfg):
     spoken = re.search(r"\.(wav|mp3|flac|ogg|opus|aiff?)$", args.ask, re.IGNORECASE)
     audio = {"bytes": wav_bytes(decode_clip({"bytes": None, "path": args.ask}))} if spoken else {}
     for name, lm, _ in speech_lms(args):
-        with torch.no_grad():
-            turn = lm.spoken_turns([{"key": args.ask, "audio": audio}])[0] if spoken else lm.embed_text(args.ask)
+        turn = lm.spoken_turns([{"key": args.ask, "audio": audio}])[0] if spoken else lm.embed_text(args.ask)
         ids, mask, truncated = lm.rollout([[lm.prompt(turn)]], 1, cfg.max_new_tokens, temperature=0)
         print(f"{name}: {lm.detokenize(ids, mask)[0]}{' ... (cut)' if truncated else ''}")
 
@@ -232,8 +229,7 @@ def drift(args, cfg, sets):
     layers = range(1, len(next(iter(lines.values()))[0]) + 1)
     rows = {f"layer {n}": {name: f"{mean[n - 1]:.4f} +- {half[n - 1]:.4f}" for name, (mean, half) in lines.items()}
             for n in layers}
-    print("cosine of spoken and written states on the model's own text answers, mean over questions, 95 % interval")
-    print(table(rows))
+    print(f"cosine of spoken and written states on own text answers, mean and 95 % interval\n{table(rows)}")
     if args.plot:
         draw({name: (layers, *line) for name, line in lines.items()}, "layer", "cosine of spoken and written states",
              args.plot)
@@ -296,9 +292,8 @@ def accuracies(log, summary, modality):
 
 
 def read_groups(folders):
-    """Finished runs by the settings in which they differ: {settings: {seed: (log, summary)}}, plain GRPO first, else as
-    given. Unfinished ones are named. A run whose base model or data are not those of its seed's other runs, or whose
-    number of steps is not that of the others, is refused.
+    """Finished runs by the settings in which they differ: {settings: {seed: (log, summary)}}, plain GRPO first.
+    A run with another base model or data than its seed's other runs, or another number of steps, is refused.
     """
     runs, groups, first = [], {}, {}
     for folder in folders:
@@ -357,8 +352,7 @@ def explain(args, cfg):
     """
     lm, question = SpeechLM.from_pretrained(cfg.model), tars.load_questions(cfg.data)[0]
     optimizer = tars.make_trainable(lm, replace(cfg, lr=0.0))  # nothing is updated
-    trained = args.explain and (Path(args.explain) / "adapter_config.json").exists()
-    if trained:
+    if trained := args.explain and (Path(args.explain) / "adapter_config.json").exists():
         load_adapter(lm, args.explain)
     embedder, extract = tars.load_embedder(cfg) if cfg.beta else None, tars.load_extractor(cfg)
     step, again = (torch.Generator(lm.device).manual_seed(cfg.seed) for _ in range(2))
@@ -404,17 +398,16 @@ def explain(args, cfg):
          f"{{reward:.3f}} - {{mean:.3f}} = {{advantage:+.3f}}    with {other}, {{other_mean:.3f}}: {{other_A:+.3f}}")
     # The token whose loss is shown: from the middle of the answer with the largest advantage.
     best = max(range(len(answers)), key=lambda i: abs(answers[i]["advantage"]))
-    A, n_tokens = answers[best]["advantage"], 1 / tars.token_weights(mask, cut).max()
+    A, n = answers[best]["advantage"], 1 / tars.token_weights(mask, cut).max()
     t = int(mask.flatten(0, 2)[best].sum()) // 2
-    rho, clipped = torch.tensor([1.5]), min(1.5, 1 + cfg.eps_high)
-    loss = tars.grpo_loss(rho.log(), torch.zeros(1), torch.tensor(A), 1 / n_tokens, cfg.eps_low, cfg.eps_high)
+    clipped = min(1.5, 1 + cfg.eps_high) * A  # were the ratio 1.5
     answers[best] |= {"word": lm.tokenizer.decode(ids.flatten(0, 2)[best, t].item()), "t": t + 1,
                       "logp": logps.flatten(0, 2)[best, t].item()}
     show("Loss of one token, - min(rho A, clip(rho) A) / tokens", "grpo_loss", [answers[best]],
          "token {t}, {word!r}: log pi = {logp:.3f}, rho = exp(0) = 1\n"
-         f"  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n_tokens:.0f} = {-A / n_tokens:+.5f}\n"
+         f"  - min(1 * {A:+.3f}, 1 * {A:+.3f}) / {n:.0f} = {-A / n:+.5f}\n"
          "  before the first update rho is 1 and nothing is clipped; what counts is the gradient, A / tokens\n"
-         f"  were rho 1.5: - min({1.5 * A:+.3f}, {clipped * A:+.3f}) / {n_tokens:.0f} = {loss:+.5f}")
+         f"  were rho 1.5: - min({1.5 * A:+.3f}, {clipped:+.3f}) / {n:.0f} = {-min(1.5 * A, clipped) / n:+.5f}")
 
 
 def show(title, function, answers, line):
@@ -449,12 +442,9 @@ def with_random_weights(path):
     """The architecture of `path`, weights drawn at random, one token a byte: nothing is downloaded.
     `path` is a directory with a config.json or a name of HUB_SETTINGS. Answers never end by themselves.
     """
-    if Path(path).is_dir():
-        family = tars.family_of(path)
-        config = family.model_class.config_class.from_pretrained(path)
-    else:
-        family, settings = HUB_SETTINGS[path]
-        config = family.model_class.config_class(**settings)
+    family, settings = HUB_SETTINGS.get(path) or (tars.family_of(path), None)
+    kind = family.model_class.config_class
+    config = kind(**settings) if settings else kind.from_pretrained(path)
     sizes = {"feature_size": config.audio_config.num_mel_bins, "chunk_length": 300} if family is tars.Qwen25Omni else {}
     with torch.device(DEVICE):
         model = family.model_class._from_config(config, dtype=torch.bfloat16 if BFLOAT16 else torch.float32)
@@ -480,7 +470,7 @@ def clock():
 
 def random_weights(args, cfg):
     """Two training steps on noise, to see seconds a phase and peak memory. Answers are cut, or end by chance.
-    Nothing is evaluated or saved, and E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
+    E is the n-gram one: Qwen3-Embedding-0.6B would take another 1.2 GB in bfloat16.
     """
     lm, seconds = with_random_weights(cfg.model), args.audio_seconds
     if args.mean_tokens:  # one token in so many ends an answer: the distribution over tokens is nearly uniform
@@ -536,12 +526,9 @@ def main(arguments=None):
     name = args.random_weights or args.model
     if name == Config.model and not (args.explain or Path(name).exists()):  # an untrained demo is not worth measuring
         raise SystemExit(f"{name} does not exist: run `python tars.py` first, or give --model")
-    if args.explain:  # the settings of that run
-        cfg = Config(**json.loads((Path(args.explain) / "config.json").read_text()))
-    else:
-        cfg = tars.parse_config(["--model", name, *settings])
-    if args.adapter is None:
-        args.adapter = ["runs/tars"] if args.model == Config.model else []
+    run = args.explain and json.loads((Path(args.explain) / "config.json").read_text())  # the settings of that run
+    cfg = Config(**run) if run else tars.parse_config(["--model", name, *settings])
+    args.adapter = args.adapter or ["runs/tars"] * (args.model == Config.model)
     if args.random_weights or args.explain is not None or args.ask:
         return (random_weights if args.random_weights else ask if args.ask else explain)(args, cfg)
     sets = {str(Path(path)): tars.load_questions(path) for path in args.data or [cfg.eval_data]}
