@@ -58,11 +58,9 @@ def work_out(expression):
     return steps
 
 
-def expressions():
-    """All (a, sign, b, sign, c) whose value is within 0..9 after each step: 1,210 of them."""
-    for expression in product(range(10), SIGNS, range(10), SIGNS, range(10)):
-        if all(0 <= value <= 9 for *_, value in work_out(expression)):
-            yield expression
+# All (a, sign, b, sign, c) whose value is within 0..9 after each step: 1,210 of them.
+SUMS = [expression for expression in product(range(10), SIGNS, range(10), SIGNS, range(10))
+        if all(0 <= value <= 9 for *_, value in work_out(expression))]
 
 
 def sum_question(expression, letter, rng, key):
@@ -149,7 +147,7 @@ PAUSE = " …"  # what the LLM's own vocabulary has for silence
 def demo_tokenizer(rng):
     """Every word of the demo (with the space before it), mark and tag is one token; decoding gives the exact string."""
     texts = [Qwen25Omni.before_user.replace(SYSTEM_PROMPT, ""), Qwen25Omni.after_user, "<think>that", PAUSE]
-    for i, expression in enumerate(expressions()):
+    for i, expression in enumerate(SUMS):
         texts.append(tars.written_question(sum_question(expression, i % 4, rng, "")))
         texts.append(worked_answer(in_steps(expression), i % 4))
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
@@ -216,7 +214,7 @@ def text_batch(tokenizer, exercises, rng, pauses, worked_out=1.0):
     letters = [token(f" {letter}") for letter in LETTERS]
     breaks = (token("\n"), token("\n\n"))
     rate = rng.uniform(0, pauses)
-    rows, row_weights = [], []  # token ids; what each weighs in the loss
+    rows = []
     for kind, expression in exercises:
         letter = int(rng.integers(4))
         question = sum_question(expression, letter, rng, key="")
@@ -234,11 +232,9 @@ def text_batch(tokenizer, exercises, rng, pauses, worked_out=1.0):
             user, answer = [], tokenizer(f"<think>{thought}").input_ids
             weights = [float(before == token(" is")) for before in [None, *answer[:-1]]]
         prompt = tokenizer(Qwen25Omni.before_user).input_ids + user + tokenizer(Qwen25Omni.after_user).input_ids
-        rows.append(torch.tensor(prompt + answer))
-        row_weights.append(torch.tensor([0.0] * len(prompt) + weights))
-    ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, row_weights))
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return ids, mask, weights
+        ids, weights = torch.tensor(prompt + answer), torch.tensor([0.0] * len(prompt) + weights)
+        rows.append((ids, torch.ones_like(ids), weights))
+    return [nn.utils.rnn.pad_sequence(x, batch_first=True) for x in zip(*rows, strict=True)]
 
 
 class Muon(torch.optim.SGD):
@@ -386,8 +382,7 @@ def demo(args):
     """The offline demo under args.out: model/ (the base model), train/, val/ and test/ (spoken questions)."""
     out, rng = Path(args.out), np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
-    sums = list(expressions())
-    sums = [sums[i] for i in rng.permutation(len(sums))]
+    sums = [SUMS[i] for i in rng.permutation(len(SUMS))]
     parts = {"test": (sums[:256], args.test_clips), "val": (sums[256:384], args.val_clips),
              "train": (sums[384:], args.train_clips)}  # no sum is in two parts
     rows, words, answers = {}, {}, {}
@@ -480,29 +475,25 @@ def from_tars(index, row, args):
 
 # What VoiceBench asks after the options, and how a line opens an option: "A. ", "A.", "A) ", "(A) ", "Option A: ".
 INSTRUCTION = re.compile(r"\s*^What is the answer to the above multiple choice question.*", re.MULTILINE | re.DOTALL)
-OPENING = re.compile(r"^[^\S\n]*(?:Option\s+([A-E])\s?[:.)]|\(([A-E])\)|([A-E])[.):])(?![A-Z]\.)[^\S\n]*", re.M | re.I)
+OPENING = r"(?:^[^\S\n]*(?:Option\s+{0}\s?[:.)]|\({0}\)|{0}[.):])(?![A-Z]\.)[^\S\n]*)"
+FOUR_OPTIONS = re.compile("(.*)" + "(.*)".join(map(OPENING.format, LETTERS)) + "(.*)", re.M | re.I | re.S)
 
 
 def parse_prompt(prompt):
     """A VoiceBench prompt -> question and options. All of them may wrap over lines.
     The options are the last lines that open with A, B, C and D in this order; the question itself may have such lines.
-    Raises Lost where there are none, or where option D does not end clearly.
+    Raises Lost where there are none, or more, or where option D does not end clearly.
     """
     told = INSTRUCTION.search(prompt)
-    body = prompt[: told.start()] if told else prompt
-    openings = list(OPENING.finditer(body))
-    letters = "".join(next(filter(None, opening.groups())).upper() for opening in openings)
-    first = letters.rfind(LETTERS)
-    if first < 0 or letters[first + 4 :]:
-        raise Lost("other than four options" if re.search("AB$|ABC$|ABCDE", letters) else "options not recognised")
-    openings = openings[first:]
-    ends = [opening.start() for opening in openings[1:]] + [len(body)]
-    options = [body[opening.end() : end] for opening, end in zip(openings, ends, strict=True)]
+    match = FOUR_OPTIONS.fullmatch(prompt[: told.start()] if told else prompt)
+    if not match or any(re.search(OPENING.format("[A-E]"), option, re.M | re.I) for option in match.groups()[1:]):
+        raise Lost("no four options recognised")
+    question, *options = match.groups()
     if not told:
         options[3], *more = re.split(r"\n\s*\n", options[3].strip())
         if len(more) > 1 or "\n" in options[3]:
             raise Lost("no telling where option D ends")
-    question, *options = (" ".join(part.split()) for part in (body[: openings[0].start()], *options))
+    question, *options = (" ".join(part.split()) for part in (question, *options))
     return question, options
 
 

@@ -44,6 +44,7 @@ from tokenizers import processors
 import data_prep
 import eval as evaluation
 import tars
+from data_prep import SUMS
 from tars import Config, LoRALinear, Phi4Multimodal, Qwen25Omni, SpeechLM, attach_lora, load_questions, pick_references
 
 HERE = Path(__file__).parent
@@ -238,9 +239,6 @@ def test_loss_is_zero_on_policy_but_its_gradient_is_not():
 
 
 # ==== A tiny model of each family, four spoken questions, their answers, and a plain forward ==========================
-SUMS = list(data_prep.expressions())
-
-
 def tiny_qwen():
     """The demo's architecture and tokenizer, untrained, with four query heads to a key head."""
     tokenizer = data_prep.demo_tokenizer(np.random.default_rng(0))
@@ -1307,8 +1305,9 @@ FOUR = ["one", "two", "three", "four"]
     ("Which?\nA. x is 1\nB. y is 2\nA. one\nB. two\nC. three\nD. four" + ASKED, "Which? A. x is 1 B. y is 2", FOUR),
     ("Q?\nA. one\nB. two\nC. three\nD. four\n\nPick one.", "Q?", FOUR),
     ("Q?\nA. one\nB. two\nC. three\nD. four\nPick one.", "no telling", None),
-    ("Q?\nA. one\nB. two" + ASKED, "other than four", None), ("Q?" + ASKED, "not recognised", None),
-    ("Q?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5" + ASKED, "other than four", None)])
+    ("Q?\nA. one\nB. two" + ASKED, "no four options", None), ("Q?" + ASKED, "no four options", None),
+    ("Q?\nA. 1\nB. 2\nB. 3\nC. 4\nD. 5" + ASKED, "no four options", None),
+    ("Q?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5" + ASKED, "no four options", None)])
 def test_prompts_are_read_as_a_person_reads_them_or_lost(prompt, question, options):
     if options:
         assert data_prep.parse_prompt(prompt) == (question, options)
@@ -1325,7 +1324,7 @@ def test_voicebench_sources(tmp_path):
             [row | {"category": "physics", "reference": "D"}, row | {"reference": "E"}])
     replica(tmp_path / "hub" / "openbookqa" / "test-00000-of-00001.parquet", [row])
     counts = prepare("voicebench-mmsu", "--origin", tmp_path / "hub", "--out", tmp_path / "mmsu")
-    assert counts == {"rows in": 4, "rows out": 2, "hours of audio": 0.0, "options not recognised": 1,
+    assert counts == {"rows in": 4, "rows out": 2, "hours of audio": 0.0, "no four options recognised": 1,
                       "the answer is none of the options": 1}
     data = load_questions(tmp_path / "mmsu")
     assert data["question"] == ["Which?"] * 2 and data["options"] == [FOUR] * 2
