@@ -759,20 +759,6 @@ def resume(file, begun):
     return lines
 
 
-def converted(i, row, name, part, args):
-    """Convert a row and write its clip. Returns the line of rows.jsonl: the row and its clip, or why it is lost."""
-    key = str(row.get("key") or f"{name}-{i}")
-    try:
-        ours = {"key": key} | SOURCES[name].make_row(i, row, args)
-    except Lost as loss:
-        reason, *found = loss.args
-        tqdm.write(f"{key} is left out: {reason}" + "".join(f" ({x})" for x in found if x))
-        return {"lost": reason, "key": key}
-    waveform = ours.pop("audio")
-    write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
-    return {"row": ours, "clip": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
-
-
 def convert(name, args):
     """Make the data set `args.out` of source `name`. A stopped run continues: no clip is made twice."""
     source, out = SOURCES[name], Path(args.out)
@@ -783,22 +769,29 @@ def convert(name, args):
     if any(part.iterdir()) and not (part / "rows.jsonl").exists():
         raise SystemExit(f"{part} is no stopped conversion: move it away, its place is needed")
     settings = {key: getattr(args, key, None) for key in ("max_seconds", "seed", "tries", "tts", "asr")}
-    done = resume(part / "rows.jsonl", {"source": name, "rows": rows._fingerprint} | settings)[:count]
+    done = resume(part / "rows.jsonl", {"source": name, "content": rows._fingerprint} | settings)[:count]
     for i in tqdm(range(len(done), count), initial=len(done), total=count, desc=name, unit="row"):
-        done.append(converted(i, rows[i], name, part, args))
+        done.append({"key": str(rows[i].get("key") or f"{name}-{i}")})
+        try:
+            row = source.make_row(i, rows[i], args)
+            waveform = row["audio"]
+            write_aside(part / f"{i}.wav", wav_bytes(waveform.clamp(-1, 1)))
+            done[-1] |= row | {"audio": f"{i}.wav", "seconds": len(waveform) / SAMPLE_RATE}
+        except Lost as loss:
+            reason, *found = loss.args
+            done[-1]["lost"] = reason
+            tqdm.write(f"{done[-1]['key']} is left out: {reason}" + "".join(f" ({x})" for x in found if x))
         tars.append_line(part / "rows.jsonl", done[-1])
     lost, kept = Counter(line["lost"] for line in done if "lost" in line), {}
     for line in done:
-        if "row" in line:  # of rows that repeat each other word for word, the first
-            row = line["row"]
-            kept.setdefault((row["question"], *row["options"], row["answer_index"]), line)
+        if "lost" not in line:  # of rows that repeat each other word for word, the first
+            kept.setdefault((line["question"], *line["options"], line["answer_index"]), line)
     if again := len(done) - lost.total() - len(kept):
         lost["word for word an earlier row"] += again
     if not kept:
         raise SystemExit(f"no row is left: {'; '.join(sorted(lost))}")
     # By path: `datasets` then takes the clips in where it writes, in batches of limited size.
-    ready = [line["row"] | {"seconds": line["seconds"], "audio": {
-        "bytes": None, "path": str(part.resolve() / line["clip"])}} for line in kept.values()]
+    ready = [line | {"audio": {"bytes": None, "path": str(part.resolve() / line["audio"])}} for line in kept.values()]
     questions = datasets.Dataset.from_list(ready).cast_column("audio", datasets.Audio(decode=False))
     questions.save_to_disk(part / "data")
     (part / "data").rename(out)
