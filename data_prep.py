@@ -440,8 +440,8 @@ def checked(question, options, answer, prompt=""):
     if len(set(options)) < 4:
         raise Lost("two equal options", repr(options))
     ours = {"question": cell_text(question, "question"), "options": options, "answer_index": index}
-    aloud = tars.written_question(ours | {"question": without_blanks(ours["question"])})
-    return ours | {"prompt_for_tts": prompt or aloud, "tts_wer": None, "category": None}
+    aloud = prompt or tars.written_question(ours | {"question": without_blanks(ours["question"])})
+    return ours | {"prompt_for_tts": aloud, "tts_wer": None, "category": None}
 
 
 def decode_clip(audio, max_seconds=300.0):
@@ -475,7 +475,7 @@ def from_tars(index, row, args):
 
 # What VoiceBench asks after the options, and how a line opens an option: "A. ", "A.", "A) ", "(A) ", "Option A: ".
 INSTRUCTION = re.compile(r"\s*^What is the answer to the above multiple choice question.*", re.MULTILINE | re.DOTALL)
-OPENING = r"(?:^[^\S\n]*(?:Option\s+{0}\s?[:.)]|\({0}\)|{0}[.):])(?![A-Z]\.)[^\S\n]*)"
+OPENING = r"^[^\S\n]*(?:Option\s+{0}\s?[:.)]|\({0}\)|{0}[.):])(?![A-Z]\.)[^\S\n]*"
 FOUR_OPTIONS = re.compile("(.*)" + "(.*)".join(map(OPENING.format, LETTERS)) + "(.*)", re.M | re.I | re.S)
 
 
@@ -547,7 +547,7 @@ def spoken_row(ours, index, args):
     for attempt in range(args.tries):
         waveform = args.voice.speak(ours["prompt_for_tts"], seed=(args.seed, index, attempt))
         heard = args.listener.transcribe(waveform)
-        wer, missed = reading_error(ours["prompt_for_tts"], heard, getattr(args.listener, "spelling", None))
+        wer, missed = reading_error(ours["prompt_for_tts"], heard, args.listener.spelling)
         if wer < 0.1 and not missed:
             return ours | {"tts_wer": wer, "audio": decode_clip({"bytes": wav_bytes(waveform)}, args.max_seconds)}
     reason = "option d not heard" if missed else "word error rate of 10 % or more"

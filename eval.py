@@ -78,10 +78,8 @@ def load_adapter(lm, path):
     scale = json.loads((Path(path) / "adapter_config.json").read_text())
     detach_lora(lm)
     tars.attach_lora(lm, scale["r"], scale["lora_alpha"])
-
-    def tail(name):  # where the decoder sits in the model differs between versions of transformers
-        return name.split("layers.", 1)[-1].removesuffix(".weight")
-
+    # Names from the layers on: where the decoder sits in the model differs between versions of transformers.
+    tail = partial(re.sub, r"^.*?layers\.|\.weight$", "")
     weights = {tail(name): weight for name, weight in lm.model.named_parameters() if weight.requires_grad}
     tensors = {tail(name): x for name, x in load_file(Path(path) / "adapter_model.safetensors").items()}
     here, there = ({(name, tuple(x.shape)) for name, x in some.items()} for some in (weights, tensors))
@@ -160,8 +158,8 @@ def row_of(measured):
     records = pandas.DataFrame([{"data": data} | record for data, some in measured.items() for record in some])
     right, row = records.groupby(["data", "modality"], sort=False)["right"], {}
     for (data, modality), some in right:
-        low, high = wilson(some.sum(), len(some))
-        row[f"{data} {'AT'[modality == 'text']} %"] = f"{100 * some.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        low, high = (100 * x for x in wilson(some.sum(), len(some)))
+        row[f"{data} {'AT'[MODALITIES.index(modality)]} %"] = f"{100 * some.mean():.1f} [{low:.1f}, {high:.1f}]"
     average = 100 * right.mean().groupby("modality").mean()
     row |= {"avg A": average["speech"], "avg T": average["text"]}
     told = pandas.DataFrame({"unparsed A/T %": 100 * records["answer"].isna(), "cut A/T %": 100 * records["cut"],
@@ -355,14 +353,14 @@ def explain(args, cfg):
     if trained := args.explain and (Path(args.explain) / "adapter_config.json").exists():
         load_adapter(lm, args.explain)
     embedder, extract = tars.load_embedder(cfg) if cfg.beta else None, tars.load_extractor(cfg)
-    step, again = (torch.Generator(lm.device).manual_seed(cfg.seed) for _ in range(2))
-    _, group = tars.train_step(lm, [question], embedder, extract, optimizer, cfg, step)
+    generator = torch.Generator(lm.device).manual_seed(cfg.seed)
     prompts, half = lm.embed_prompts([question]), cfg.group_size // 2
-    ids, mask, cut = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, again)  # the step's, [1, M, G/2, C]
+    ids, mask, cut = rollout = lm.rollout(prompts, half, cfg.max_new_tokens, cfg.temperature, generator)
+    lm.rollout = lambda *args: rollout  # [1, M, G/2, C] twice, [1, M, G/2]; the step takes it too
+    _, group = tars.train_step(lm, [question], embedder, extract, optimizer, cfg, generator)
     with torch.no_grad():
         logps, states = lm.score(prompts, ids, mask, cfg.temperature)  # [1, M, G/2, C], [1, M, G/2, L, H]
     answers, spoken = group["speech"] + group["text"], group["speech"]
-    assert lm.detokenize(ids, mask) == [a["completion"] for a in answers], "this device does not repeat a roll-out"
     letters = extract([question] * len(answers), [a["completion"] for a in answers])
     reward = torch.tensor([a["reward"] for a in answers]).view(1, len(MODALITIES), half)
     other = tars.modality_advantages(reward, not cfg.joint_norm).flatten().tolist()
@@ -433,7 +431,8 @@ def byte_tokenizer(family):
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    control = sorted({*re.findall(r"<\|\w+\|>", str(vars(family)))})  # of its template
+    turns = family.before_user, family.before_audio, family.after_audio, family.after_user, *family.end_of_turn
+    control = sorted({*re.findall(r"<\|\w+\|>", "".join(turns))})
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
@@ -528,7 +527,8 @@ def main(arguments=None):
         raise SystemExit(f"{name} does not exist: run `python tars.py` first, or give --model")
     run = args.explain and json.loads((Path(args.explain) / "config.json").read_text())  # the settings of that run
     cfg = Config(**run) if run else tars.parse_config(["--model", name, *settings])
-    args.adapter = args.adapter or ["runs/tars"] * (args.model == Config.model)
+    if args.adapter is None:
+        args.adapter = ["runs/tars"] if args.model == Config.model else []
     if args.random_weights or args.explain is not None or args.ask:
         return (random_weights if args.random_weights else ask if args.ask else explain)(args, cfg)
     sets = {str(Path(path)): tars.load_questions(path) for path in args.data or [cfg.eval_data]}

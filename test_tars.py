@@ -1374,6 +1374,7 @@ def test_rows_of_a_table_are_recordings_spoken_or_left_out_and_counted(tmp_path,
 
 class CountingVoice:
     """A voice that hears itself: of question 1 the first reading wrong, in question 2 never option d."""
+    spelling = None
 
     def __init__(self, stop_at=None):
         self.seeds, self.stop_at = [], stop_at
@@ -1424,7 +1425,7 @@ def test_mmlu_source_tries_again_filters_and_resumes_without_speaking_twice(tmp_
 def test_a_reading_is_kept_below_ten_percent_of_wrong_words():
     # 8 words of the question and 12 of the options: one wrong word is 5 %, two are 10 %, which is no longer below it.
     row = {"question": "What is the sum of these two numbers?", "choices": FOUR, "answer": 0, "subject": "s"}
-    args = SimpleNamespace(tries=1, seed=0, max_seconds=9, voice=CountingVoice(), listener=SimpleNamespace())
+    args = SimpleNamespace(tries=1, seed=0, max_seconds=9, voice=CountingVoice(), listener=CountingVoice())
     args.listener.transcribe = lambda waveform: args.voice.text.replace("sum", "some")
     assert data_prep.from_mmlu(0, row, args)["tts_wer"] == 0.05
     for wrong, other, says in (("these", "those", "word error rate of 10 % or more, 1 tries', 'at last 10%: .*some of"),
@@ -1728,7 +1729,7 @@ def test_the_pages_lines_use_an_adapter_with_transformers_and_peft_alone(small_d
 
 def test_layer_cosines_teacher_force_the_text_answer_under_both_prompts(lm, questions):
     lm.eos_ids = torch.arange(20, len(lm.tokenizer), 6)  # answers of uneven lengths
-    cosines = evaluation.layer_cosines(lm, questions, Config(max_new_tokens=6, eval_batch=4))
+    cosines = evaluation.layer_cosines(lm, questions, Config(max_new_tokens=6, eval_batch=3))
     assert cosines.shape == (4, 4)
     ids, mask, _ = lm.rollout(lm.embed_prompts(questions), 1, 6, temperature=0)
     assert len(set(mask[:, 1].sum(-1).flatten().tolist())) > 1
